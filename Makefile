@@ -1,0 +1,42 @@
+# Two commands: `make demo` and `make test`. `make check` is what CI runs first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench format clean help
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+# Re-made only when the dependencies change, so that everything works again without an index.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed, $(PYTHON) is older: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+## make demo    the whole product on this machine, in under three minutes; KEEP=1 leaves the agent running
+demo: $(STAMP)
+	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
+
+## make test    the test suite: real onnxruntime, sockets, mosquitto, Prometheus, git
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+## make check   ruff, format, mypy --strict, import-linter
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+## make bench   the tables of docs/benchmarks.md, on this machine
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,203 @@
+"""agent.yaml: every option, its default and its unit. Unknown keys are refused, with a suggestion.
+
+Everything has a default: ``edge-agent run`` works without a file. Each class gets the part it needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+
+from edge_agent.errors import ConfigError
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class HttpConfig(_Section, frozen=True):
+    """The HTTP listener."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080  # 0: any free port, printed at start
+    max_body_bytes: Count = 16 << 20
+    max_connections: Count = 512
+    header_timeout_seconds: Positive = 10.0  # a client has this long to send a whole request
+    idle_timeout_seconds: Positive = 75.0
+
+
+class MqttConfig(_Section, frozen=True):
+    """The MQTT client. Topics begin with ``{prefix}/{device}/``."""
+
+    host: str = "127.0.0.1"
+    port: Port = 1883
+    protocol: Literal["5", "3.1.1"] = "5"
+    prefix: str = "edge"
+    username: str | None = None
+    password_file: str | None = None
+    keepalive_seconds: Count = 30
+    reply_prefixes: tuple[str, ...] = ("edge/",)  # response topics outside these are refused
+    max_payload_bytes: Count = 16 << 20
+    max_pending: Count = 256  # requests being answered; beyond it they are refused at once
+    reconnect_max_seconds: Positive = 30.0
+
+
+class EngineConfig(_Section, frozen=True):
+    """onnxruntime. The defaults are the low-jitter profile: one thread, no spinning, arena off."""
+
+    threads: Count = 1
+    inline_below_ms: NotNegative = 2.0  # a model measured faster runs on the event loop, else in a thread
+    max_batch_rows: Count = 64
+    warmup_runs: Count = 20
+
+
+class ServingConfig(_Section, frozen=True):
+    """What an answer may take, and when a failing model is left alone."""
+
+    deadline_ms: Positive = 100.0
+    max_pending_rows: Count = 4096  # rows waiting for the engine; beyond it requests are refused at once
+    max_request_rows: Count = 1024
+    breaker_failures: Count = 5  # consecutive failures that open the breaker
+    breaker_seconds: Positive = 5.0
+    default_decision: Literal["pass", "fail"] = "fail"  # when neither model nor rules exist
+
+
+class ProbationConfig(_Section, frozen=True):
+    """How a new release proves itself before it is committed."""
+
+    seconds: NotNegative = 60.0
+    requests: Annotated[int, msgspec.Meta(ge=0)] = 100  # both must pass, or `max_seconds`
+    max_seconds: Positive = 3600.0  # a device without traffic commits after this long
+    max_fallback_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05  # model failures among its answers
+    max_restarts: Count = 3  # the process died this often in probation: roll back at start
+
+
+class UpdatesConfig(_Section, frozen=True):
+    """Where releases come from. ``source`` is an http(s) URL, a file: URL or a path."""
+
+    source: str
+    root: str  # path of the embedded TUF root.json, the anchor of all trust
+    models: tuple[str, ...] = ()  # models to follow; none: those that the assignments name
+    interval_seconds: Positive = 15.0
+    jitter: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.2  # share of the interval, per device
+    timeout_seconds: Positive = 30.0
+    max_bundle_bytes: Count = 512 << 20
+    probation: ProbationConfig = ProbationConfig()
+    in_process: bool = False  # check in this process instead of a short-lived child: tests and simulation
+
+
+class RemoteWriteConfig(_Section, frozen=True):
+    """Prometheus remote write 1.0, from a queue on disk."""
+
+    url: str
+    interval_seconds: Positive = 15.0
+    max_queue_bytes: Count = 64 << 20
+    timeout_seconds: Positive = 10.0
+
+
+class DriftConfig(_Section, frozen=True):
+    """Drift detection on answered rows."""
+
+    enabled: bool = True
+    window_rows: Count = 1000
+    max_rows_per_second: Positive = 200.0  # rows beyond it are not looked at: bounded CPU
+
+
+class Config(_Section, frozen=True):
+    """The whole of agent.yaml."""
+
+    device: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = ""
+    store: str = ""
+    insecure: bool = False  # allow listening beyond loopback without TLS and token
+    http: HttpConfig = HttpConfig()
+    mqtt: MqttConfig | None = None
+    engine: EngineConfig = EngineConfig()
+    serving: ServingConfig = ServingConfig()
+    updates: UpdatesConfig | None = None
+    remote_write: RemoteWriteConfig | None = None
+    drift: DriftConfig = DriftConfig()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def default_store() -> Path:
+    """/var/lib/edge-agent for root, else $XDG_STATE_HOME/edge-agent."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/edge-agent")
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "edge-agent"
+
+
+def load(path: Path | None) -> Config:
+    """Read agent.yaml; ``None`` gives the defaults.
+
+    Raises:
+        ConfigError: unreadable, not YAML, unknown key (with a suggestion), wrong type or value.
+    """
+    if path is None:
+        return from_mapping({}, "defaults")
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give another file with --config") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        content = {}
+    return from_mapping(content, str(path))
+
+
+def from_mapping(content: Any, where: str) -> Config:
+    """Check a mapping and fill in what depends on the machine: device name and store.
+
+    Raises:
+        ConfigError: as ``load``.
+    """
+    _refuse_unknown_keys(content, Config, where, "")
+    if isinstance(content, dict):
+        if not content.get("device"):
+            content = {**content, "device": socket.gethostname().split(".")[0] or "device"}
+        if not content.get("store"):
+            content = {**content, "store": str(default_store())}
+    try:
+        config = msgspec.convert(content, Config)
+    except msgspec.ValidationError as error:
+        message = str(error).replace("`$.", "`")
+        raise ConfigError(f"{where}: {message}") from error
+    _check_doors(config, where)
+    return config
+
+
+def _refuse_unknown_keys(content: Any, section: type, where: str, prefix: str) -> None:
+    """Msgspec names an unknown key; a person also wants the one they meant."""
+    if not isinstance(content, dict):
+        return
+    fields = {field.name: field.type for field in msgspec.structs.fields(section)}
+    for key, value in content.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(fields)}"
+            raise ConfigError(f"{where}: unknown key {prefix}{key}; {hint}")
+        for candidate in (fields[key], *getattr(fields[key], "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, _Section):
+                _refuse_unknown_keys(value, candidate, where, f"{prefix}{key}.")
+
+
+def _check_doors(config: Config, where: str) -> None:
+    if config.http.host not in ("127.0.0.1", "localhost", "::1") and not config.insecure:
+        raise ConfigError(
+            f"{where}: http.host {config.http.host} listens beyond loopback without TLS and a token; "
+            "set http.host to 127.0.0.1, or insecure: true if the network is trusted"
+        )

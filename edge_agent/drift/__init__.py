@@ -1,0 +1,1 @@
+"""Drift detection against the baseline of the bundle. Pure, constant memory."""

@@ -1,0 +1,1 @@
+"""Fallback rules: parse and evaluate. Pure: no I/O, no clock, no logging."""

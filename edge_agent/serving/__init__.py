@@ -1,0 +1,1 @@
+"""The one place that decides model-or-rules, and what it needs for that."""

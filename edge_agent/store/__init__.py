@@ -1,0 +1,1 @@
+"""The atomic model store: what is installed, and which release answers."""

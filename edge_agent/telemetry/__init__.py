@@ -1,0 +1,1 @@
+"""Metrics, the durable queue, remote write, health and logs."""

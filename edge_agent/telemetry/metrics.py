@@ -1,0 +1,171 @@
+"""Every metric of the agent, built once from a registry that is a parameter.
+
+Invariant: label sets exist at 0 from the start: a rate over a new series never misses its first event.
+Hot paths hold the children they increment; no label is looked up per request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import Metric as Family
+from prometheus_client.registry import Collector
+
+from edge_agent.contract import metric_names as names
+from edge_agent.contract.metric_names import Metric
+
+
+class AgentMetrics:
+    """All families of one agent. ``registry`` holds nothing else."""
+
+    def __init__(self, registry: CollectorRegistry, device: str, agent_version: str) -> None:
+        self.registry = registry
+        ProcessCollector(registry=registry)
+        _Clock(registry)
+        self._answers = self._counter(names.ANSWERS)
+        self._decisions = self._counter(names.DECISIONS)
+        self._inference = self._histogram(names.INFERENCE_SECONDS, names.LATENCY_BUCKETS)
+        self._batch = self._histogram(names.BATCH_ROWS, names.BATCH_BUCKETS)
+        self._requests = self._counter(names.REQUESTS)
+        self._model_info = self._gauge(names.MODEL_INFO)
+        self._model_state = self._gauge(names.MODEL_STATE)
+        self._model_load = self._gauge(names.MODEL_LOAD_SECONDS)
+        self._serving_gap = self._gauge(names.SERVING_GAP)
+        self._drift_score = self._gauge(names.DRIFT_SCORE)
+        self._drift_features = self._gauge(names.DRIFT_FEATURES)
+        self._drift_rows = self._gauge(names.DRIFT_WINDOW_ROWS)
+        self._update_state = self._gauge(names.UPDATE_STATE)
+        self._update_results = self._counter(names.UPDATE_RESULTS)
+        self.update_check_time = self._gauge(names.UPDATE_CHECK_TIME)
+        self.metadata_expiry = self._gauge(names.METADATA_EXPIRY)
+        self.assignments_serial = self._gauge(names.ASSIGNMENTS_SERIAL)
+        self.queue_pending = self._gauge(names.QUEUE_PENDING)
+        self.queue_sent = self._counter(names.QUEUE_SENT)
+        self.queue_dropped = self._counter(names.QUEUE_DROPPED)
+        self.queue_last_success = self._gauge(names.QUEUE_LAST_SUCCESS)
+        for reason in ("full", "rejected", "corrupt"):
+            self.queue_dropped.labels(reason)
+        for protocol in ("http", "mqtt"):
+            for status in ("ok", "client_error", "unavailable", "error"):
+                self._requests.labels(protocol, status)
+        self._gauge(names.AGENT_INFO).labels(device, agent_version).set(1)
+        self._gauge(names.START_TIME).set(time.time())
+        self._info: dict[str, tuple[str, str]] = {}
+
+    def for_release(self, model: str, version: str) -> ReleaseMetrics:
+        """The counters of one release, every label set created at 0."""
+        return ReleaseMetrics(
+            ok=self._answers.labels(model, version, "model", "ok").inc,
+            fallback={
+                reason: self._answers.labels(model, version, "fallback", reason).inc
+                for reason in names.REASONS
+                if reason != "ok"
+            },
+            passed=self._decisions.labels(model, version, "pass").inc,
+            failed=self._decisions.labels(model, version, "fail").inc,
+            observe=self._inference.labels(model, version).observe,
+            batch=self._batch.labels(model, version).observe,
+        )
+
+    def request(self, protocol: str, status: str) -> Callable[[], None]:
+        """The increment of one (protocol, status); hold it, do not look it up per request."""
+        return self._requests.labels(protocol, status).inc
+
+    def model_state(self, model: str, state: str) -> None:
+        """Say which state the model is in."""
+        for name in names.MODEL_STATES:
+            self._model_state.labels(model, name).set(name == state)
+
+    def model_info(self, model: str, version: str, digest: str) -> None:
+        """Say which release answers; the one before is taken back."""
+        if model in self._info:
+            self._model_info.remove(model, *self._info[model])
+        self._info[model] = (version, digest)
+        self._model_info.labels(model, version, digest).set(1)
+
+    def model_loaded(self, model: str, seconds: float) -> None:
+        """How long load and warm-up took."""
+        self._model_load.labels(model).set(seconds)
+
+    def serving_gap(self, model: str, seconds: float) -> None:
+        """The longest time the engine was kept from answering during the last swap."""
+        self._serving_gap.labels(model).set(seconds)
+
+    def drift(self, model: str, statistics: dict[str, float], drifting: int) -> None:
+        """The verdict on a full window."""
+        for statistic, value in statistics.items():
+            self._drift_score.labels(model, statistic).set(value)
+        self._drift_features.labels(model).set(drifting)
+
+    def drift_rows(self, model: str, rows: int) -> None:
+        """Rows in the window being filled."""
+        self._drift_rows.labels(model).set(rows)
+
+    def update_state(self, model: str, state: str, states: Iterable[str]) -> None:
+        """Which state of the update machine (of all ``states``) the model is in."""
+        for name in states:
+            self._update_state.labels(model, name).set(name == state)
+
+    def update_results(self, model: str, results: Iterable[str]) -> None:
+        """Create the label sets of every result at 0."""
+        for result in results:
+            self._update_results.labels(model, result)
+
+    def update_result(self, model: str, result: str) -> None:
+        """Count a finished update."""
+        self._update_results.labels(model, result).inc()
+
+    def exposition(self) -> bytes:
+        """The text exposition format, version 0.0.4."""
+        return generate_latest(self.registry)
+
+    def _counter(self, metric: Metric) -> Counter:
+        return Counter(metric.name, metric.help, metric.labels, registry=self.registry)
+
+    def _gauge(self, metric: Metric) -> Gauge:
+        return Gauge(metric.name, metric.help, metric.labels, registry=self.registry)
+
+    def _histogram(self, metric: Metric, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(metric.name, metric.help, metric.labels, registry=self.registry, buckets=buckets)
+
+
+class ReleaseMetrics:
+    """What the service counts for one release. Every attribute is a bound method of a ready child."""
+
+    __slots__ = ("_failed", "_fallback", "_observe", "_ok", "_passed", "batch")
+
+    def __init__(
+        self,
+        *,
+        ok: Callable[[float], None],
+        fallback: dict[str, Callable[[float], None]],
+        passed: Callable[[float], None],
+        failed: Callable[[float], None],
+        observe: Callable[[float], None],
+        batch: Callable[[float], None],
+    ) -> None:
+        self._ok, self._fallback = ok, fallback
+        self._passed, self._failed, self._observe = passed, failed, observe
+        self.batch = batch
+
+    def answered(self, reason: str, rows: int, failed_rows: int, seconds: float) -> None:
+        """Count one answered request: its rows, and how many of them were decided fail."""
+        (self._ok if reason == "ok" else self._fallback[reason])(rows)
+        if passed_rows := rows - failed_rows:
+            self._passed(passed_rows)
+        if failed_rows:
+            self._failed(failed_rows)
+        self._observe(seconds)
+
+
+class _Clock(Collector):
+    """The heartbeat: read at scrape, so that it is never older than the scrape."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        registry.register(self)
+
+    def collect(self) -> Iterable[Family]:
+        yield GaugeMetricFamily(names.HEARTBEAT.name, names.HEARTBEAT.help, value=time.time())

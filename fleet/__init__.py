@@ -1,0 +1,1 @@
+"""The operator: releases, canary roll-outs, analysis, simulation."""
