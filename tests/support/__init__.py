@@ -1,0 +1,1 @@
+"""What tests of several areas need: the real services they talk to."""
