@@ -1,0 +1,106 @@
+"""The engine: the only import of onnxruntime in the agent.
+
+Invariants:
+
+- telemetry is switched off before onnxruntime is imported: official wheels since 1.29 phone home
+  otherwise, and the decision is latched for the process;
+- only the CPU provider, no custom operators, no fall-back that re-creates a session behind our back;
+- whatever onnxruntime raises becomes an ``EngineError``.
+
+The default options are the low-jitter profile: one thread that never spins (spinning keeps other cores busy
+for nothing), no arena (it only grows), see docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import numpy as np
+import onnxruntime as ort
+
+from edge_agent.config import EngineConfig
+from edge_agent.errors import EngineError
+from edge_agent.serving.tensors import Feeds, Tensor
+
+VERSION = str(ort.__version__)
+
+
+class Engine:
+    """One loaded model. ``run`` may be called from any thread, one call at a time."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self.input_names: list[str] = [node.name for node in session.get_inputs()]
+        self.output_names: list[str] = [node.name for node in session.get_outputs()]
+        self._options: ort.RunOptions | None = None
+
+    @classmethod
+    def load(cls, path: Path, config: EngineConfig) -> Engine:
+        """Load a model file.
+
+        Raises:
+            EngineError: onnxruntime refuses it; says why in its words.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = config.threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.enable_cpu_mem_arena = False
+        options.log_severity_level = 4  # what goes wrong is raised, and reported once, by us
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        # A hostile model must not fill the memory by folding constants at load.
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "67108864")
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own, unrelated types
+            raise EngineError(
+                f"{path.name}: onnxruntime {VERSION} cannot load it: {_first_line(error)}"
+            ) from error
+        session.disable_fallback()
+        return cls(session)
+
+    def run(self, feeds: Mapping[str, Tensor]) -> Feeds:
+        """Run the model once.
+
+        Raises:
+            EngineError: onnxruntime raised, or ``abort`` was called meanwhile.
+        """
+        options = ort.RunOptions()
+        options.log_severity_level = 4
+        self._options = options
+        try:
+            values = self._session.run(None, dict(feeds), options)
+        except Exception as error:  # onnxruntime raises its own, unrelated types
+            raise EngineError(f"onnxruntime raised: {_first_line(error)}") from error
+        finally:
+            self._options = None
+        return dict(zip(self.output_names, values, strict=True))
+
+    def abort(self) -> None:
+        """Make a ``run`` that is under way in another thread raise as soon as onnxruntime notices."""
+        options = self._options
+        if options is not None:
+            options.terminate = True
+
+    def warm_up(self, feeds: Mapping[str, Tensor], runs: int) -> float:
+        """Run the model ``runs`` times and return the median duration in seconds.
+
+        Raises:
+            EngineError: as ``run``.
+        """
+        durations = []
+        for _ in range(max(runs, 1)):
+            started = time.perf_counter()
+            self.run(feeds)
+            durations.append(time.perf_counter() - started)
+        return float(np.median(durations))
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,656 @@
+"""The inference service: THE place that decides whether the model or the rules answer.
+
+Invariants:
+
+- a request that was accepted is answered, by the model if it can, else by the rules of its bundle;
+  why it was the rules is one of ``metric_names.REASONS``, in the answer and in the counters;
+- what a request began with is what answers it: a swap never touches requests in flight;
+- nothing here blocks the event loop but the run of a model measured to be fast.
+
+``choose`` is the decision, pure; the rest brings it the facts and carries it out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from edge_agent.config import DriftConfig, EngineConfig, ServingConfig
+from edge_agent.contract import baseline as baselines
+from edge_agent.contract.bundle import MODEL, RULES, Bundle
+from edge_agent.contract.errors import ContractError
+from edge_agent.contract.golden import FILE_NAME as GOLDEN
+from edge_agent.contract.golden import parse as parse_golden
+from edge_agent.contract.manifest import Manifest
+from edge_agent.drift.detector import DriftDetector, DriftVerdict
+from edge_agent.errors import BadRules, EngineError, InvalidInput, Overloaded, Unavailable, UnknownModel
+from edge_agent.rules.evaluate import RuleSet, constant
+from edge_agent.serving import tensors
+from edge_agent.serving.batcher import Batcher, Pending
+from edge_agent.serving.decision import Flags, Scores, decide, on_the_models_scale
+from edge_agent.serving.engine import Engine
+from edge_agent.serving.tensors import Feeds, Tensor
+from edge_agent.telemetry.metrics import AgentMetrics, ReleaseMetrics
+
+log = logging.getLogger(__name__)
+
+State = Literal["ready", "loading", "absent", "corrupt", "unloaded", "failed"]
+
+# What the state of the model says about why the rules answer.
+_REASON_BY_STATE: Final[Mapping[str, str]] = {
+    "loading": "no_model",
+    "absent": "no_model",
+    "corrupt": "corrupt_model",
+    "unloaded": "unloaded",
+    "failed": "model_error",
+}
+_FAULTS_OF_THE_MODEL: Final = frozenset({"model_error", "non_finite", "deadline", "breaker_open"})
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known before the model is asked."""
+
+    state: str
+    killed: bool
+    breaker_open: bool
+    time_left: float  # seconds
+
+
+def choose(facts: Facts) -> str:
+    """Why the rules must answer, or ``ok`` if the model shall be asked.
+
+    The kill switch comes first: it holds whatever the model could do.
+    """
+    if facts.killed:
+        return "killed"
+    if facts.state != "ready":
+        return _REASON_BY_STATE[facts.state]
+    if facts.time_left <= 0:
+        return "deadline"
+    if facts.breaker_open:
+        return "breaker_open"
+    return "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answered request of n rows.
+
+    ``source`` and ``reason`` say who answered and why. A fallback gives only the decision output, put on the
+    scale of the model, so that the manifest's threshold still holds. Without a decision block ``score``,
+    ``failed`` and ``confidence`` are None.
+    """
+
+    model: str
+    version: str
+    digest: str
+    source: str
+    reason: str
+    outputs: dict[str, Tensor]
+    score: Scores | None
+    threshold: float | None
+    failed: Flags | None
+    confidence: Scores | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Rows answered since the current release was swapped in."""
+
+    rows: int
+    fallback_rows: int  # by the rules, through a fault of the model
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """What one model is doing, for people and for the repository index."""
+
+    name: str
+    version: str | None
+    digest: str | None
+    state: str
+    reason: str
+    precision: str
+    drifting: bool | None
+
+
+@dataclass(slots=True, eq=False)
+class _Release:
+    """A bundle ready to answer: with its engine, or with its rules only."""
+
+    bundle: Bundle
+    manifest: Manifest
+    rules: RuleSet
+    metrics: ReleaseMetrics
+    engine: Engine | None = None
+    batcher: Batcher | None = None
+    detector: DriftDetector | None = None
+    load_seconds: float = 0.0
+    stall_seconds: float = 0.0
+
+
+PreparedModel = _Release
+"""A release that is loaded and warm, and answers nothing yet. Made by ``prepare``, spent by ``swap``."""
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """One model name and what stands behind it now."""
+
+    name: str
+    release: _Release | None = None
+    state: State = "absent"
+    reason: str = ""
+    killed: bool = False
+    failures: int = 0  # in a row; the breaker counts them
+    open_until: float = 0.0
+    rows: int = 0
+    fallback_rows: int = 0
+    unwatched: list[tuple[Tensor, Scores]] = field(default_factory=list)
+    unwatched_rows: int = 0
+    drift: DriftVerdict | None = None
+
+
+class Service:
+    """Every model of this agent. Lives on one event loop."""
+
+    def __init__(
+        self, serving: ServingConfig, engine: EngineConfig, drift: DriftConfig, metrics: AgentMetrics
+    ) -> None:
+        self._serving = serving
+        self._engine = engine
+        self._drift = drift
+        self._metrics = metrics
+        self._slots: dict[str, _Slot] = {}
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        model: str | None,
+        version: str | None,
+        inputs: Mapping[str, Tensor],
+        *,
+        deadline: float | None = None,
+    ) -> asyncio.Future[Answer]:
+        """Accept a request and promise its answer.
+
+        Args:
+            model: the model's name; None means the only one.
+            version: the version the caller insists on, or None.
+            inputs: tensors by name, as decoded.
+            deadline: seconds from now; None takes the configured default.
+
+        Raises:
+            InvalidInput: the tensors do not fit the model.
+            UnknownModel: no such model, or another version of it.
+            Overloaded: too many rows wait already.
+            Unavailable: the model is known but not even its rules are.
+        """
+        slot, release = self._find(model, version)
+        feeds, rows = tensors.conform(release.manifest.inputs, inputs, self._serving.max_request_rows)
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        limit = self._serving.deadline_ms / 1000 if deadline is None else deadline
+        future: asyncio.Future[Answer] = loop.create_future()
+        reason = choose(Facts(slot.state, slot.killed, now < slot.open_until, limit))
+        if reason != "ok":
+            future.set_result(self._by_rules(slot, release, feeds, rows, reason, now))
+            return future
+        assert release.batcher is not None
+        waiting = release.batcher.pending_rows
+        if waiting and waiting + rows > self._serving.max_pending_rows:
+            raise Overloaded(
+                f"{waiting} rows wait for model {slot.name!r}, the limit is {self._serving.max_pending_rows}; "
+                "send less or try again"
+            )
+        release.batcher.add(
+            _Request(feeds, rows, now, now + limit, future=future, slot=slot, release=release)
+        )
+        return future
+
+    def manifest(self, model: str | None, version: str | None = None) -> Manifest:
+        """The manifest of the release that answers.
+
+        Raises:
+            UnknownModel: no such model, or another version of it.
+            InvalidInput: no name given and there are several models.
+            Unavailable: the model is known but nothing of it can be read.
+        """
+        return self._find(model, version)[1].manifest
+
+    def explain(self, model: str | None, row: Tensor) -> list[str]:
+        """The rules' short reasons for one row: what a technician should look at."""
+        return self._find(model, None)[1].rules.explain(row)
+
+    def statuses(self) -> list[ModelStatus]:
+        """Every model known here."""
+        return [
+            ModelStatus(
+                slot.name,
+                slot.release.manifest.version if slot.release else None,
+                slot.release.bundle.digest if slot.release else None,
+                slot.state,
+                "killed by the assignments" if slot.killed else slot.reason,
+                slot.release.manifest.precision if slot.release else "",
+                slot.drift.drifting if slot.drift else None,
+            )
+            for slot in self._slots.values()
+        ]
+
+    def ready(self) -> bool:
+        """Whether every known model can answer, by itself or by its rules."""
+        return all(slot.release is not None for slot in self._slots.values())
+
+    # -- the life of a model -------------------------------------------------------------------------------
+
+    async def start(self, name: str, bundle: Bundle | None, spare: Bundle | None = None) -> None:
+        """Take up what the store holds: the model if it is intact, else its rules.
+
+        Args:
+            name: the model's name.
+            bundle: the current release, None if there is none.
+            spare: the previous release: its rules answer where even the current ones are unreadable.
+        """
+        if bundle is None:
+            self.degrade(name, "absent", "nothing is installed")
+            return
+        self._slot(name).state = "loading"
+        try:
+            prepared = await self.prepare(bundle)
+        except (ContractError, BadRules) as error:
+            await self._rules_only(name, [b for b in (bundle, spare) if b], "corrupt", str(error))
+        except EngineError as error:
+            await self._rules_only(name, [b for b in (bundle, spare) if b], "failed", str(error))
+        else:
+            self.swap(prepared)
+
+    async def prepare(self, bundle: Bundle) -> PreparedModel:
+        """Verify, load and warm a bundle while the current release goes on answering.
+
+        Raises:
+            ContractError: a member is missing or altered, or does not fit the manifest.
+            BadRules: its rules cannot be read.
+            EngineError: onnxruntime refuses the model.
+        """
+        started = time.perf_counter()
+        stall = asyncio.create_task(_longest_stall(), name="stall")
+        try:
+            rules, engine, median, detector = await asyncio.to_thread(
+                _load, bundle, self._engine, self._drift
+            )
+        finally:
+            stall.cancel()
+            stalled = await stall
+        manifest = bundle.manifest
+        release = _Release(
+            bundle,
+            manifest,
+            rules,
+            self._metrics.for_release(manifest.name, manifest.version),
+            engine=engine,
+            detector=detector,
+            load_seconds=time.perf_counter() - started,
+            stall_seconds=stalled,
+        )
+        release.batcher = Batcher(
+            engine,
+            max_rows=self._engine.max_batch_rows,
+            joinable=tensors.batchable(manifest.inputs) and tensors.batchable(manifest.outputs),
+            inline=median < self._engine.inline_below_ms / 1000,
+            finish=self._finish,
+            observe_rows=release.metrics.batch,
+        )
+        return release
+
+    def swap(self, prepared: PreparedModel) -> None:
+        """Let a prepared release answer from now on; requests in flight finish on the one before."""
+        name = prepared.manifest.name
+        slot = self._slot(name)
+        before, slot.release = slot.release, prepared
+        slot.failures, slot.open_until = 0, 0.0
+        slot.rows = slot.fallback_rows = 0
+        slot.unwatched, slot.unwatched_rows, slot.drift = [], 0, None
+        self._say(slot, "ready", "")
+        self._metrics.model_info(name, prepared.manifest.version, prepared.bundle.digest)
+        self._metrics.model_loaded(name, prepared.load_seconds)
+        self._metrics.serving_gap(name, prepared.stall_seconds)
+        _retire(before)
+
+    def degrade(self, name: str, state: State, reason: str) -> None:
+        """The model cannot answer from now on; its rules do."""
+        slot = self._slot(name)
+        before = slot.release
+        if before is not None:
+            slot.release = _Release(before.bundle, before.manifest, before.rules, before.metrics)
+            _retire(before)
+        self._say(slot, state, reason)
+        log.warning("model %s: %s: %s", name, state, reason)
+
+    async def load(self, name: str, bundle: Bundle) -> None:
+        """Load a bundle again after ``unload`` or a fault; on failure the rules answer and the reason is kept.
+
+        Raises:
+            ContractError, BadRules, EngineError: as ``prepare``.
+        """
+        try:
+            prepared = await self.prepare(bundle)
+        except (ContractError, BadRules) as error:
+            if self._slot(name).state != "ready":
+                self.degrade(name, "corrupt", str(error))
+            raise
+        except EngineError as error:
+            if self._slot(name).state != "ready":
+                self.degrade(name, "failed", str(error))
+            raise
+        self.swap(prepared)
+
+    def unload(self, name: str) -> None:
+        """Free the model's memory; its rules answer until it is loaded again.
+
+        Raises:
+            UnknownModel: no such model.
+        """
+        self._find(name, None)
+        self.degrade(name, "unloaded", "unloaded by an operator")
+
+    def set_killed(self, name: str, killed: bool) -> None:
+        """The signed kill switch: the rules answer whatever the model could do."""
+        slot = self._slot(name)
+        if slot.killed != killed:
+            slot.killed = killed
+            log.warning("model %s: kill switch %s", name, "on" if killed else "off")
+
+    def served(self, name: str) -> Served:
+        """What the current release has answered since it was swapped in."""
+        slot = self._slot(name)
+        return Served(slot.rows, slot.fallback_rows)
+
+    def running(self, name: str) -> str | None:
+        """The digest of the release whose model answers; None if the rules do."""
+        slot = self._slots.get(name)
+        if slot is None or slot.release is None or slot.state != "ready":
+            return None
+        return slot.release.bundle.digest
+
+    async def watch_drift(self, interval: float = 1.0) -> None:
+        """Look at a bounded sample of the answered rows, off the hot path, for ever."""
+        while True:
+            await asyncio.sleep(interval)
+            for slot in self._slots.values():
+                await self._watch(slot)
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _slot(self, name: str) -> _Slot:
+        if name not in self._slots:
+            self._slots[name] = _Slot(name)
+        return self._slots[name]
+
+    def _find(self, model: str | None, version: str | None) -> tuple[_Slot, _Release]:
+        if model is None:
+            if len(self._slots) != 1:
+                known = ", ".join(self._slots) or "none"
+                raise (InvalidInput if self._slots else UnknownModel)(
+                    f"model: name one, this agent serves {known}"
+                )
+            slot = next(iter(self._slots.values()))
+        elif model in self._slots:
+            slot = self._slots[model]
+        else:
+            raise UnknownModel(
+                f"no model {model[:80]!r} here, this agent serves {', '.join(self._slots) or 'none'}"
+            )
+        release = slot.release
+        if release is None:
+            raise Unavailable(f"model {slot.name!r} is {slot.state}: {slot.reason or 'try again shortly'}")
+        if version is not None and version != release.manifest.version:
+            raise UnknownModel(
+                f"model {slot.name!r} has no version {version[:80]!r} here, it is {release.manifest.version}"
+            )
+        return slot, release
+
+    def _say(self, slot: _Slot, state: State, reason: str) -> None:
+        slot.state, slot.reason = state, reason
+        self._metrics.model_state(slot.name, state)
+
+    async def _rules_only(self, name: str, bundles: list[Bundle], state: State, reason: str) -> None:
+        """The first bundle whose rules can be read answers; the last resort is the configured constant."""
+        for bundle in bundles:
+            try:
+                rules = await asyncio.to_thread(_read_rules, bundle)
+            except (ContractError, BadRules) as error:
+                log.warning("rules of %s %s cannot be used: %s", name, bundle.manifest.version, error)
+                continue
+            break
+        else:
+            bundle = bundles[0]
+            rules = constant(self._serving.default_decision, _features(bundle.manifest))
+        manifest = bundle.manifest
+        metrics = self._metrics.for_release(name, manifest.version)
+        slot = self._slot(name)
+        slot.release = _Release(bundle, manifest, rules, metrics)
+        self._metrics.model_info(name, manifest.version, bundle.digest)
+        self.degrade(name, state, reason)
+
+    def _finish(self, pending: Pending, result: Feeds | EngineError | None) -> None:
+        assert isinstance(pending, _Request)
+        slot, release = pending.slot, pending.release
+        if pending.future.done():  # the caller went away
+            return
+        if result is None:
+            self._give_up(pending, "deadline")
+        elif isinstance(result, EngineError):
+            if slot.failures == 0:
+                log.warning("model %s %s: %s", slot.name, release.manifest.version, result)
+            self._give_up(pending, "model_error")
+        else:
+            scores = _scores(release.manifest, result)
+            if scores is not None and not np.isfinite(scores).all():
+                # The row's fault as often as the model's: it does not open the breaker, it is counted.
+                self._give_up(pending, "non_finite", fault=False)
+                return
+            if slot.release is release:
+                slot.failures = 0
+            pending.future.set_result(self._by_model(pending, result, scores))
+
+    def _give_up(self, request: _Request, reason: str, *, fault: bool = True) -> None:
+        slot, release = request.slot, request.release
+        if fault and slot.release is release:
+            slot.failures += 1
+            if slot.failures >= self._serving.breaker_failures:
+                # Half open after this time: one failure more opens it again, one success closes it.
+                slot.open_until = asyncio.get_running_loop().time() + self._serving.breaker_seconds
+        request.future.set_result(
+            self._by_rules(slot, release, request.feeds, request.rows, reason, request.started)
+        )
+
+    def _by_model(self, request: _Request, outputs: Feeds, scores: Scores | None) -> Answer:
+        slot, release = request.slot, request.release
+        manifest = release.manifest
+        failed = confidence = None
+        failed_rows = 0
+        if scores is not None and manifest.decision is not None:
+            failed, confidence = decide(scores, manifest.decision)
+            failed_rows = int(np.count_nonzero(failed))
+            self._offer_to_drift(slot, release, request.feeds, scores)
+        seconds = asyncio.get_running_loop().time() - request.started
+        release.metrics.answered("ok", request.rows, failed_rows, seconds)
+        if slot.release is release:
+            slot.rows += request.rows
+        threshold = manifest.decision.threshold if manifest.decision else None
+        return Answer(
+            manifest.name, manifest.version, release.bundle.digest, "model", "ok",
+            outputs, scores, threshold, failed, confidence, seconds,
+        )  # fmt: skip
+
+    def _by_rules(
+        self, slot: _Slot, release: _Release, feeds: Feeds, rows: int, reason: str, started: float
+    ) -> Answer:
+        manifest = release.manifest
+        decision = manifest.decision
+        outputs: dict[str, Tensor] = {}
+        scores = failed = confidence = None
+        failed_rows = 0
+        if decision is not None:
+            verdicts = release.rules.evaluate(_rows(manifest, feeds, rows))
+            scores = on_the_models_scale(verdicts.score, decision)
+            failed, confidence = verdicts.failed, decide(scores, decision)[1]
+            failed_rows = int(np.count_nonzero(failed))
+            spec = next(output for output in manifest.outputs if output.name == decision.output)
+            shape = (rows, *(1 for _ in spec.shape[1:]))
+            outputs[spec.name] = scores.astype(tensors.numpy_dtype(spec.datatype)).reshape(shape)
+        seconds = asyncio.get_running_loop().time() - started
+        release.metrics.answered(reason, rows, failed_rows, seconds)
+        if slot.release is release:
+            slot.rows += rows
+            if reason in _FAULTS_OF_THE_MODEL:
+                slot.fallback_rows += rows
+        return Answer(
+            manifest.name, manifest.version, release.bundle.digest, "fallback", reason,
+            outputs, scores, decision.threshold if decision else None, failed, confidence, seconds,
+        )  # fmt: skip
+
+    def _offer_to_drift(self, slot: _Slot, release: _Release, feeds: Feeds, scores: Scores) -> None:
+        if release.detector is not None and slot.unwatched_rows < self._drift.max_rows_per_second:
+            slot.unwatched.append((next(iter(feeds.values())), scores))
+            slot.unwatched_rows += len(scores)
+
+    async def _watch(self, slot: _Slot) -> None:
+        release, rows = slot.release, slot.unwatched
+        slot.unwatched, slot.unwatched_rows = [], 0
+        if release is None or release.detector is None or not rows:
+            return
+        verdict = await asyncio.to_thread(_update_drift, release.detector, rows)
+        self._metrics.drift_rows(slot.name, release.detector.rows_in_window)
+        if verdict is None or slot.release is not release:
+            return
+        if verdict.drifting and not (slot.drift and slot.drift.drifting):
+            log.warning("model %s: drift in %s", slot.name, ", ".join(verdict.features[:5]) or "the score")
+        slot.drift = verdict
+        self._metrics.drift(slot.name, verdict.statistics, len(verdict.features))
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Request(Pending):
+    """A pending request, and where its answer goes."""
+
+    future: asyncio.Future[Answer]
+    slot: _Slot
+    release: _Release
+
+
+def _load(
+    bundle: Bundle, config: EngineConfig, drift: DriftConfig
+) -> tuple[RuleSet, Engine, float, DriftDetector | None]:
+    """Verify everything, then parse, load and warm it. Runs in a thread."""
+    bundle.verify()
+    rules = _read_rules(bundle)
+    engine = Engine.load(bundle.member(MODEL), config)
+    _check_names(bundle, engine)
+    median = engine.warm_up(_warm_up_feeds(bundle), config.warmup_runs)
+    detector = None
+    if drift.enabled and baselines.FILE_NAME in bundle.manifest.members:
+        baseline = baselines.parse(bundle.read(baselines.FILE_NAME))
+        if len(baseline.features) == len(_features(bundle.manifest)):
+            detector = DriftDetector(baseline, drift.window_rows)
+    return rules, engine, median, detector
+
+
+def _read_rules(bundle: Bundle) -> RuleSet:
+    features = _features(bundle.manifest)
+    if RULES not in bundle.manifest.members:
+        return constant("fail", features)
+    return RuleSet.parse(bundle.read(RULES), features)
+
+
+def _features(manifest: Manifest) -> tuple[str, ...]:
+    """The column names of the first input, made up where the manifest has none."""
+    first = manifest.inputs[0]
+    if first.features is not None:
+        return first.features
+    width = first.shape[-1] if len(first.shape) == 2 and first.shape[-1] > 0 else 1
+    return tuple(f"f{column}" for column in range(width))
+
+
+def _check_names(bundle: Bundle, engine: Engine) -> None:
+    for kind, declared, real in (
+        ("inputs", bundle.manifest.inputs, engine.input_names),
+        ("outputs", bundle.manifest.outputs, engine.output_names),
+    ):
+        if {spec.name for spec in declared} != set(real):
+            raise EngineError(
+                f"model {bundle.name!r}: the manifest's {kind} are {', '.join(s.name for s in declared)}, "
+                f"the model's are {', '.join(real)}"
+            )
+
+
+def _warm_up_feeds(bundle: Bundle) -> Feeds:
+    """One row to warm up with: the first golden vector, else zeros."""
+    if GOLDEN in bundle.manifest.members:
+        golden = parse_golden(bundle.read(GOLDEN))
+        return {array.name: np.ascontiguousarray(tensors.to_numpy(array)[:1]) for array in golden.inputs}
+    return {
+        spec.name: np.zeros([max(size, 1) for size in spec.shape], tensors.numpy_dtype(spec.datatype))
+        for spec in bundle.manifest.inputs
+    }
+
+
+def _scores(manifest: Manifest, outputs: Feeds) -> Scores | None:
+    """One float a row from the decision output; None where there is no decision."""
+    if manifest.decision is None:
+        return None
+    values: Scores = outputs[manifest.decision.output].astype(np.float64)
+    return values.reshape(-1)
+
+
+def _rows(manifest: Manifest, feeds: Feeds, rows: int) -> Tensor:
+    """What the rules look at: the first input as (rows, features)."""
+    first: Tensor = feeds[manifest.inputs[0].name]
+    width = len(_features(manifest))
+    if first.ndim == 2 and first.shape[1] == width:
+        return first
+    return np.zeros((rows, width))
+
+
+def _update_drift(detector: DriftDetector, batches: list[tuple[Tensor, Scores]]) -> DriftVerdict | None:
+    verdict = None
+    for rows, scores in batches:
+        verdict = detector.update(rows, scores) or verdict
+    return verdict
+
+
+def _retire(release: _Release | None) -> None:
+    """Let the old engine finish what it has, then free it in a thread: destroying a session takes a while."""
+    if release is None or release.batcher is None:
+        return
+    loop = asyncio.get_running_loop()
+    batcher = release.batcher
+
+    def free() -> None:
+        doomed: list[Any] = [release.engine]
+        release.engine = release.batcher = release.detector = None
+        loop.run_in_executor(None, doomed.clear)
+
+    batcher.close(free)
+
+
+async def _longest_stall(tick: float = 0.001) -> float:
+    """The longest time this loop was kept from running anything, until cancelled. Seconds."""
+    loop = asyncio.get_running_loop()
+    longest = 0.0
+    try:
+        while True:
+            before = loop.time()
+            await asyncio.sleep(tick)
+            longest = max(longest, loop.time() - before - tick)
+    except asyncio.CancelledError:
+        return longest
