@@ -1,0 +1,1 @@
+"""The demo, its model, its data and the script that trains it."""
