@@ -9,12 +9,14 @@ import difflib
 import os
 import socket
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import yaml
 
 from edge_agent.errors import ConfigError
+
+CONTROL_SOCKET: Final = "control.sock"  # in the store: whoever may write the store may command the agent
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -84,10 +86,10 @@ class ProbationConfig(_Section, frozen=True):
 
 
 class UpdatesConfig(_Section, frozen=True):
-    """Where releases come from. ``source`` is an http(s) URL, a file: URL or a path."""
+    """Where releases come from. ``source`` is an http(s) URL, a file: URL or a path; empty: nowhere."""
 
-    source: str
-    root: str  # path of the embedded TUF root.json, the anchor of all trust
+    source: str = ""
+    root: str = ""  # path of the embedded TUF root.json, the anchor of all trust
     models: tuple[str, ...] = ()  # models to follow; none: those that the assignments name
     interval_seconds: Positive = 15.0
     jitter: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.2  # share of the interval, per device
@@ -124,7 +126,7 @@ class Config(_Section, frozen=True):
     mqtt: MqttConfig | None = None
     engine: EngineConfig = EngineConfig()
     serving: ServingConfig = ServingConfig()
-    updates: UpdatesConfig | None = None
+    updates: UpdatesConfig = UpdatesConfig()
     remote_write: RemoteWriteConfig | None = None
     drift: DriftConfig = DriftConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -176,7 +178,7 @@ def from_mapping(content: Any, where: str) -> Config:
     except msgspec.ValidationError as error:
         message = str(error).replace("`$.", "`")
         raise ConfigError(f"{where}: {message}") from error
-    _check_doors(config, where)
+    _check(config, where)
     return config
 
 
@@ -195,7 +197,12 @@ def _refuse_unknown_keys(content: Any, section: type, where: str, prefix: str) -
                 _refuse_unknown_keys(value, candidate, where, f"{prefix}{key}.")
 
 
-def _check_doors(config: Config, where: str) -> None:
+def _check(config: Config, where: str) -> None:
+    if config.updates.source and not config.updates.root:
+        raise ConfigError(
+            f"{where}: updates.source is set but updates.root is not; give the path of the fleet's "
+            "root.json, without it no release can be trusted"
+        )
     if config.http.host not in ("127.0.0.1", "localhost", "::1") and not config.insecure:
         raise ConfigError(
             f"{where}: http.host {config.http.host} listens beyond loopback without TLS and a token; "

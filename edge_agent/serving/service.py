@@ -209,7 +209,8 @@ class Service:
         waiting = release.batcher.pending_rows
         if waiting and waiting + rows > self._serving.max_pending_rows:
             raise Overloaded(
-                f"{waiting} rows wait for model {slot.name!r}, the limit is {self._serving.max_pending_rows}; "
+                f"{waiting} rows wait for model {slot.name!r}, the limit is "
+                f"{self._serving.max_pending_rows}; "
                 "send less or try again"
             )
         release.batcher.add(
@@ -336,7 +337,7 @@ class Service:
         log.warning("model %s: %s: %s", name, state, reason)
 
     async def load(self, name: str, bundle: Bundle) -> None:
-        """Load a bundle again after ``unload`` or a fault; on failure the rules answer and the reason is kept.
+        """Load a bundle again after ``unload`` or a fault; on failure the rules answer, the reason is kept.
 
         Raises:
             ContractError, BadRules, EngineError: as ``prepare``.

@@ -1,0 +1,316 @@
+"""edge-agent: run | status | verify | install | rollback.
+
+Exit codes: 0 done, 1 an expected failure (one line on stderr), 2 usage, 130 interrupted. With ``--json`` the
+result is one JSON object on stdout.
+
+``status``, ``install`` and ``rollback`` talk to the agent that holds the store, through its control socket;
+where none runs, they work on the store themselves. Either way the same code does the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import json
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+# numpy's BLAS would start a thread per core and 30 MB of buffers; nothing here multiplies large matrices.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from edge_agent import __version__
+from edge_agent import config as configs
+from edge_agent.config import CONTROL_SOCKET, Config
+from edge_agent.contract.errors import ContractError
+from edge_agent.errors import ConfigError, EdgeError, StoreError
+
+SYSTEM_CONFIG: Final = Path("/etc/edge-agent/agent.yaml")
+CONTROL_TIMEOUT: Final = 600.0  # seconds: an install runs the self-test on a slow device
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.verb(arguments) or 0)
+    except (EdgeError, ContractError) as error:
+        print(f"edge-agent: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-agent",
+        description="Inference on this device: serve a model over HTTP and MQTT, fall back to rules, "
+        "follow signed releases. Without a command: run.",
+    )
+    parser.add_argument("--version", action="version", version=f"edge-agent {__version__}")
+    parser.set_defaults(verb=_run, config=None, store=None)
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def verb(
+        name: str, run: Callable[[argparse.Namespace], int | None], text: str
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(verb=run)
+        sub.add_argument("--config", type=Path, metavar="FILE", help=f"agent.yaml (default: {SYSTEM_CONFIG})")
+        return sub
+
+    def with_store(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument("--store", metavar="DIR", help="the store (default: from the configuration)")
+        sub.add_argument("--json", action="store_true", help="print one JSON object")
+        return sub
+
+    verb("run", _run, "serve until SIGTERM")
+    with_store(verb("status", _status, "what runs here, and since when"))
+    check = verb("verify", _verify, "check a bundle and run its golden vectors on this machine")
+    check.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle folder or .tar")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    install = with_store(verb("install", _install, "install a local bundle: verify, self-test, go live"))
+    install.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle folder or .tar")
+    back = with_store(verb("rollback", _rollback, "go back to the previous release, at once and offline"))
+    back.add_argument("model", nargs="?", metavar="MODEL", help="needed where there are several")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from edge_agent import app
+    from edge_agent.telemetry import logs
+
+    config = _config(arguments)
+    logs.configure(config.log_level)
+    for line in _missing(config):
+        print(f"edge-agent: {line}", file=sys.stderr)
+
+    def started(url: str) -> None:
+        print(
+            f"edge-agent {__version__}: device {config.device} answers on {url}", file=sys.stderr, flush=True
+        )
+
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(app.run(config, started=started))
+        return 0
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(app.run(config, started=started))
+    return 0
+
+
+def _missing(config: Config) -> list[str]:
+    """What a person who just starts the agent should know it does without."""
+    lines = []
+    models = Path(config.store) / "models"
+    if not models.is_dir() or not any(models.iterdir()):
+        lines.append(f"no model in {config.store}: edge-agent install BUNDLE puts one there, now or later")
+    if not config.updates.source:
+        lines.append("no updates are followed: set updates.source and updates.root in agent.yaml")
+    if config.mqtt is None:
+        lines.append("no MQTT broker is used: set mqtt.host in agent.yaml")
+    return lines
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    report = _ask(config, "GET", "/admin/status", None)
+    if report is None:
+        report = _status_of_store(config)
+    if arguments.json:
+        _print_json(report)
+        return 0
+    running = "agent" in report
+    print(f"device   {report['device']}   " + (f"agent {report['agent']}" if running else "no agent runs"))
+    print(f"store    {report['store']}")
+    for model in report["models"]:
+        reason = f"  ({model['reason']})" if model.get("reason") else ""
+        print(f"model    {model['name']} {model['version'] or '-'}   {model['state']}{reason}")
+    if not report["models"]:
+        print("model    none: edge-agent install BUNDLE")
+    for name, record in report["updates"].get("models", {}).items():
+        last = record.get("last_result") or "none yet"
+        why = f" ({record['last_reason']})" if record.get("last_reason") else ""
+        print(f"update   {name}: {record['state']}, last result {last}{why}")
+    for reason in report.get("health", {}).get("reasons", []):
+        print(f"health   {reason}")
+    return 0
+
+
+def _status_of_store(config: Config) -> dict[str, Any]:
+    from edge_agent.store.store import Store
+
+    store = Store.read(Path(config.store))
+    models: list[dict[str, Any]] = []
+    records: dict[str, Any] = {}
+    for name in store.models():
+        record = store.record(name)
+        records[name] = {
+            "state": record.state.value,
+            "last_result": record.last_result,
+            "last_reason": record.last_reason,
+        }
+        try:
+            bundle = store.current(name)
+            if bundle is not None:
+                bundle.verify()
+            state, reason = ("stopped", "") if bundle else ("absent", "nothing is installed")
+        except ContractError as error:
+            bundle, state, reason = None, "corrupt", str(error)
+        models.append(
+            {
+                "name": name,
+                "version": bundle.manifest.version if bundle else None,
+                "digest": bundle.digest if bundle else None,
+                "state": state,
+                "reason": reason,
+            }
+        )
+    return {"device": config.device, "store": config.store, "models": models, "updates": {"models": records}}
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from edge_agent.contract.bundle import open_bundle, unpack
+    from edge_agent.update.selftest import run_self_test
+
+    config = _config(arguments)
+    with tempfile.TemporaryDirectory(prefix="edge-agent-") as folder:
+        path: Path = arguments.bundle
+        if not path.exists():
+            raise ConfigError(f"{path}: no such bundle; give a bundle folder or a .tar")
+        bundle = open_bundle(path) if path.is_dir() else unpack(path, Path(folder))
+        bundle.verify()
+        report = run_self_test(bundle, config.engine)
+    result = {
+        "name": bundle.manifest.name,
+        "version": bundle.manifest.version,
+        "digest": bundle.digest,
+        "bytes": bundle.manifest.size,
+        "self_test": report.as_dict(),
+    }
+    if arguments.json:
+        _print_json(result)
+    else:
+        manifest = bundle.manifest
+        print(f"{manifest.name} {manifest.version}  {bundle.digest.short}  {manifest.size} bytes")
+        print(f"members  {len(manifest.members)}, all as the manifest says")
+        print(f"golden   {report.message}")
+    return 0 if report.passed else 1
+
+
+def _install(arguments: argparse.Namespace) -> int:
+    if not arguments.bundle.exists():
+        raise ConfigError(f"{arguments.bundle}: no such bundle; give a bundle folder or a .tar")
+    path = str(arguments.bundle.resolve())
+
+    async def alone(updater: Any) -> Any:
+        return await updater.install(Path(path))
+
+    return _command(arguments, "/admin/install", {"path": path}, alone)
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    async def alone(updater: Any) -> Any:
+        return await updater.roll_back(arguments.model)
+
+    return _command(arguments, "/admin/rollback", {"model": arguments.model}, alone)
+
+
+def _command(
+    arguments: argparse.Namespace, path: str, body: dict[str, Any], alone: Callable[[Any], Any]
+) -> int:
+    """Ask the running agent; where none runs, do it on the store."""
+    config = _config(arguments)
+    outcome = _ask(config, "POST", path, body)
+    if outcome is None:
+        from edge_agent.store.store import Store
+        from edge_agent.update.updater import Updater
+
+        store = Store.open(Path(config.store))
+        try:
+            updater = Updater(config.updates, config.device, store, None, None)
+            outcome = asyncio.run(alone(updater)).as_dict()
+        finally:
+            store.close()
+    failed = outcome["result"] not in ("succeeded", "already_installed")
+    if arguments.json:
+        _print_json(outcome)
+    else:
+        print(f"{outcome['result']}: {outcome['message']}", file=sys.stderr if failed else sys.stdout)
+    return 1 if failed else 0
+
+
+def _ask(config: Config, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any] | None:
+    """One request to the agent that holds the store; None if none runs.
+
+    Raises:
+        EdgeError: the agent refused; its own words.
+    """
+    connection = _UnixConnection(Path(config.store) / CONTROL_SOCKET)
+    try:
+        connection.connect()
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+    except OSError as error:
+        raise StoreError(
+            f"{config.store}: cannot ask the running agent: {error.strerror}; use the agent's user",
+            reason="permission",
+        ) from error
+    try:
+        connection.request(method, path, json.dumps(body) if body is not None else None)
+        response = connection.getresponse()
+        content = json.loads(response.read())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise StoreError(f"{config.store}: the running agent broke off: {error}") from error
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise EdgeError(content.get("error", f"the agent answered {response.status}"))
+    return dict(content)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket. ``sockaddr_un`` holds 107 bytes: a long path is reached from its folder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("agent", timeout=CONTROL_TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(CONTROL_TIMEOUT)
+        folder = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY)
+        try:
+            self.sock.connect(f"/proc/self/fd/{folder}/{self._path.name}")
+        except OSError:
+            self.sock.close()
+            raise
+        finally:
+            os.close(folder)
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    path = arguments.config or (SYSTEM_CONFIG if SYSTEM_CONFIG.exists() else None)
+    config = configs.load(path)
+    if arguments.store:
+        import msgspec
+
+        config = msgspec.structs.replace(config, store=arguments.store)
+    return config
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2, sort_keys=True)
+    print()
+
+
+if __name__ == "__main__":
+    logging.captureWarnings(True)
+    sys.exit(main())
