@@ -64,12 +64,12 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = START_
         time.sleep(POLL_SECONDS)
 
 
-def require(program: str) -> str:
+def require(program: str, package: str | None = None) -> str:
     """The path of a program; without it the test is skipped, or fails where CI=true."""
     # Debian puts daemons where only root's PATH looks.
     path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin:/sbin")
     if path is None:
-        reason = f"{program} is not installed: apt-get install {program}"
+        reason = f"{program} is not installed: apt-get install {package or program}"
         if os.environ.get("CI") == "true":
             pytest.fail(f"{reason} (required where CI=true)")
         pytest.skip(reason)
