@@ -170,7 +170,7 @@ def from_mapping(content: Any, where: str) -> Config:
     _refuse_unknown_keys(content, Config, where, "")
     if isinstance(content, dict):
         if not content.get("device"):
-            content = {**content, "device": socket.gethostname().split(".")[0] or "device"}
+            content = {**content, "device": _device_name()}
         if not content.get("store"):
             content = {**content, "store": str(default_store())}
     try:
@@ -180,6 +180,11 @@ def from_mapping(content: Any, where: str) -> Config:
         raise ConfigError(f"{where}: {message}") from error
     _check(config, where)
     return config
+
+
+def _device_name() -> str:
+    """EDGE_DEVICE (a pod sets it to its node: its own host name is the pod's), else the host name."""
+    return os.environ.get("EDGE_DEVICE") or socket.gethostname().split(".")[0] or "device"
 
 
 def _refuse_unknown_keys(content: Any, section: type, where: str, prefix: str) -> None:

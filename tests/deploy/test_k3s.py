@@ -90,11 +90,20 @@ def test_the_config_map_holds_what_the_agent_reads() -> None:
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert {volume["name"] for volume in pod["volumes"]} == mounts.keys()
     assert container["args"][-1] == f"{mounts['config']}/agent.yaml"
-    assert settings.updates is not None
     assert settings.updates.root == f"{mounts['config']}/root.json"
     assert settings.store == mounts["store"]
     assert settings.http.port == container["ports"][0]["containerPort"]
     json.loads((K3S / "base/root.json").read_text())
+
+
+def test_the_device_is_named_after_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    (container,) = _the("Deployment")["spec"]["template"]["spec"]["containers"]
+    ((name, source),) = [(entry["name"], entry["valueFrom"]) for entry in container["env"]]
+    assert source == {"fieldRef": {"fieldPath": "spec.nodeName"}}
+    monkeypatch.setenv(name, "line-7-unit-21")
+    (content,) = documents(K3S / "base/agent.yaml")
+    assert config.from_mapping(content, "agent.yaml").device == "line-7-unit-21"
+    assert config.from_mapping({**content, "device": "bench"}, "agent.yaml").device == "bench"
 
 
 def test_the_pod_meets_the_restricted_standard() -> None:
