@@ -1,0 +1,1 @@
+"""The service: who answers, and why."""
