@@ -1,0 +1,45 @@
+"""Disks that die, or refuse, at the n-th system call. The seam is ``Disk.before``; the calls are real."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from edge_agent.store.fs import Disk
+
+
+class CountingDisk(Disk):
+    """Counts the calls and remembers their names."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def before(self, call: str, path: Path) -> None:
+        self.calls.append(call)
+
+
+class DyingDisk(CountingDisk):
+    """The power fails before call ``at`` (from 1). Nothing is cleaned up: no ``finally``, no ``atexit``."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+
+    def before(self, call: str, path: Path) -> None:
+        super().before(call, path)
+        if len(self.calls) == self._at:
+            os._exit(137)
+
+
+class RefusingDisk(CountingDisk):
+    """Call ``at`` (from 1) fails with ``number``; with ``until`` None every later one does, too."""
+
+    def __init__(self, at: int, number: int = errno.ENOSPC, *, forever: bool = False) -> None:
+        super().__init__()
+        self._at, self._number, self._forever = at, number, forever
+
+    def before(self, call: str, path: Path) -> None:
+        super().before(call, path)
+        if len(self.calls) == self._at or (self._forever and len(self.calls) > self._at):
+            raise OSError(self._number, os.strerror(self._number))
