@@ -113,21 +113,23 @@ class _Process:
 
 
 class Mosquitto:
-    """A broker at ``host``:``port``; after ``stop()`` the port refuses until ``start()``."""
+    """A broker at ``host``:``port``; after ``stop()`` the port refuses until ``start()``.
+
+    ``settings`` is a mosquitto.conf whose ``listener 1883`` is moved to the free port.
+    """
 
     host = "127.0.0.1"
 
-    def __init__(self, folder: Path, settings: str = "") -> None:
+    def __init__(
+        self, folder: Path, settings: str = "listener 1883\nallow_anonymous true\npersistence false\n"
+    ) -> None:
         program = require("mosquitto")
         folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         config = folder / "mosquitto.conf"
+        # Started as root it would drop to a user that cannot read the test's folder: it stays.
         config.write_text(
-            f"listener {self.port} {self.host}\n"
-            "allow_anonymous true\n"
-            "persistence false\n"
-            "user root\n"  # started as root it would drop to a user that cannot read the test's folder
-            f"{settings}"
+            settings.replace("listener 1883\n", f"listener {self.port} {self.host}\n") + "\nuser root\n"
         )
         self._process = _Process([program, "-c", str(config)], folder)
 
