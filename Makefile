@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench format clean help
+.PHONY: demo test test-kill check bench format clean help
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -40,3 +40,7 @@ format: $(STAMP)
 
 clean:
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+
+## make test-kill   kill -9 of an agent at 200 random moments of updates under load (about 15 minutes)
+test-kill: $(STAMP)
+	EDGE_KILLS=200 $(BIN)/python -m pytest -q -s tests/system/test_kill.py

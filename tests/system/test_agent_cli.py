@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from edge_agent.contract.bundle import pack
+from tests.support.agents import AgentProcess, run_cli
+from tests.support.bundles import tiny_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return tiny_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def agent(tmp_path):
+    agent = AgentProcess(tmp_path / "agent", updates={"probation": {"seconds": 0, "requests": 0}})
+    yield agent
+    agent.stop()
+
+
+def one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
+    assert done.returncode == 1, done
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for text in says:
+        assert text in done.stderr
+
+
+def test_with_no_configuration_it_starts_and_says_what_is_missing(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")}
+    config = tmp_path / "agent.yaml"
+    config.write_text(f"store: {tmp_path / 'store'}\nhttp: {{port: 0}}\n")
+    child = subprocess.Popen(
+        [sys.executable, "-m", "edge_agent.cli", "run", "--config", str(config)],
+        stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    said = []
+    assert child.stderr is not None
+    for line in child.stderr:
+        said.append(line)
+        if "answers on http://127.0.0.1:" in line:
+            break
+    child.terminate()
+    child.stderr.read()
+    child.stderr.close()
+    assert child.wait(30) == 0
+    text = "".join(said)
+    assert "no model in" in text
+    assert "edge-agent install BUNDLE" in text
+    assert "set updates.source" in text
+    assert "set mqtt.host" in text
+
+
+def test_a_bundle_is_installed_into_a_running_agent_and_taken_back(agent, tmp_path, bundle):
+    agent.start()
+    assert agent.get("/v2/health/live")[0] == 200
+    done = run_cli("edge-agent", "install", bundle.path, "--config", agent.config, "--json")
+    assert done.returncode == 0, done
+    assert json.loads(done.stdout)["result"] == "succeeded"
+    assert agent.predict([0.1, 0.2, 0.3, 0.4])["version"] == "1.0.0"
+
+    second = tiny_bundle(tmp_path / "second", version="2.0.0")
+    pack(second, tmp_path / "second.tar")
+    done = run_cli("edge-agent", "install", tmp_path / "second.tar", "--config", agent.config)
+    assert done.returncode == 0, done
+    assert agent.predict([0.1, 0.2, 0.3, 0.4])["version"] == "2.0.0"
+
+    status = json.loads(run_cli("edge-agent", "status", "--config", agent.config, "--json").stdout)
+    assert status["models"][0]["digest"] == second.digest
+    assert status["device"] == "unit-1"
+
+    done = run_cli("edge-agent", "rollback", "--config", agent.config)
+    assert done.returncode == 0, done
+    assert agent.predict([0.1, 0.2, 0.3, 0.4])["version"] == "1.0.0"
+
+
+def test_a_bundle_is_installed_and_taken_back_where_no_agent_runs(agent, tmp_path, bundle):
+    assert run_cli("edge-agent", "install", bundle.path, "--config", agent.config).returncode == 0
+    second = tiny_bundle(tmp_path / "second", version="2.0.0")
+    assert run_cli("edge-agent", "install", second.path, "--config", agent.config).returncode == 0
+    status = json.loads(run_cli("edge-agent", "status", "--config", agent.config, "--json").stdout)
+    assert status["models"][0]["version"] == "2.0.0"
+    assert run_cli("edge-agent", "rollback", "--config", agent.config).returncode == 0
+    agent.start()
+    agent.wait_for(version="1.0.0", source="model")
+
+
+def test_verify_runs_the_golden_vectors(tmp_path, bundle):
+    done = run_cli("edge-agent", "verify", bundle.path, "--json")
+    assert done.returncode == 0, done
+    assert json.loads(done.stdout)["self_test"]["passed"] is True
+    wrong = tiny_bundle(tmp_path / "wrong", bad=True)
+    done = run_cli("edge-agent", "verify", wrong.path)
+    assert done.returncode == 1
+    assert "golden" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", ["verify", "install"])
+@pytest.mark.parametrize("damage", ["missing", "not a bundle", "truncated", "tampered"])
+def test_a_bad_bundle_is_one_line_and_changes_nothing(agent, tmp_path, bundle, verb, damage):
+    path = tmp_path / "bundle.tar"
+    pack(bundle, path)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "not a bundle":
+        path.write_bytes(b"PK\x03\x04 something else")
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-4096])
+    else:
+        data = bytearray(path.read_bytes())
+        data[2048] ^= 1
+        path.write_bytes(data)
+    one_line(run_cli("edge-agent", verb, path, "--config", agent.config), "bundle.tar")
+    models = agent.store / "models"
+    assert not models.exists() or not any(models.iterdir())
+
+
+def test_an_unknown_key_is_refused_with_the_one_that_was_meant(tmp_path):
+    config = tmp_path / "agent.yaml"
+    config.write_text("htttp: {port: 1}\n")
+    one_line(run_cli("edge-agent", "run", "--config", config), "unknown key htttp", "did you mean http?")
+
+
+def test_a_port_that_is_taken_is_named(agent):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", agent.port))
+        taken.listen()
+        done = run_cli("edge-agent", "run", "--config", agent.config)
+    assert done.returncode == 1
+    assert f"port {agent.port}" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(
+    os.geteuid() == 0, reason="root may write everywhere; the read-only case has its own test"
+)
+def test_a_store_that_cannot_be_written_is_named(agent, tmp_path):
+    agent.store.mkdir()
+    agent.store.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    done = run_cli("edge-agent", "run", "--config", agent.config)
+    agent.store.chmod(0o700)
+    assert done.returncode == 1
+    assert str(agent.store) in done.stderr.splitlines()[-1]
+
+
+def test_a_store_in_the_way_of_a_file_is_named(agent, tmp_path):
+    agent.store.write_text("a file")
+    done = run_cli("edge-agent", "run", "--config", agent.config)
+    assert done.returncode == 1
+    assert str(agent.store) in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_agent_in_the_same_store_is_refused(agent, tmp_path):
+    agent.start()
+    other = AgentProcess(tmp_path / "other", store=str(agent.store))
+    done = run_cli("edge-agent", "run", "--config", other.config)
+    assert done.returncode == 1
+    assert "another" in done.stderr.splitlines()[-1]
+    assert agent.get("/v2/health/live")[0] == 200
+
+
+def test_the_version_is_printed_without_loading_anything_heavy():
+    code = (
+        "import sys\n"
+        "from edge_agent.cli import main\n"
+        "try:\n    main(['--version'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'onnxruntime', 'tuf', 'cryptography', 'uvloop'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "edge-agent" in done.stdout
+
+
+def test_an_unknown_command_is_a_usage_error():
+    assert run_cli("edge-agent", "fly").returncode == 2
+
+
+def test_sigterm_drains_and_exits_with_0(agent, bundle):
+    assert run_cli("edge-agent", "install", bundle.path, "--config", agent.config).returncode == 0
+    agent.start()
+    agent.wait_for(source="model")
+    assert agent.stop() == 0
