@@ -1,0 +1,1 @@
+"""Metrics, logs, health, the durable queue and remote write."""
