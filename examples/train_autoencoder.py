@@ -5,8 +5,8 @@ scikit-learn and written as plain ONNX (Gemm and Relu), 1.2 MB. It expects stand
 their reconstruction: missing values, scaling and the score are for ``quantize-model`` to put into the graph.
 
 The noise has one standard deviation of the features: with less, 150 rows are few enough for the network to
-copy its input, bad rows included. Everything is seeded: the same machine and versions give the same file; another
-BLAS gives other last bits, which is why the file is committed.
+copy its input, bad rows included. Everything is seeded: the same machine and versions give the same file;
+another BLAS gives other last bits, which is why the file is committed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,219 @@
+"""Step 6: the members of the bundle, written to a staging folder and renamed into place.
+
+Invariants:
+
+- nothing appears under its final name before everything is written; after a failure or Ctrl-C the output
+  folder is as it was;
+- the same inputs and versions give the same bytes: no times, no paths and no latencies enter a member.
+  Timings go to ``N-V.report.json`` beside the bundle;
+- an existing version is never replaced by another content unless that was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from edge_agent.contract import bundle as bundles
+from edge_agent.contract.bundle import Bundle
+from edge_agent.contract.golden import Agreement, Array, Golden
+from edge_agent.contract.manifest import Datatype, Manifest
+from quantize import runtime
+from quantize.config import Impute
+from quantize.errors import OutputError
+from quantize.int8 import Int8Model
+from quantize.load import Rows
+from quantize.prepare import PreparedModel
+
+GOLDEN_ROWS: Final = 16
+_HOLES: Final = 3  # golden rows with missing values
+_FAR: Final = 3  # golden rows far outside
+# Other CPUs round other last bits. Float graphs: sums in another order, 3e-7 of the range measured between
+# x86-64 and ARM64, a thousand times that leaves room for other math libraries. INT8 graphs: an activation may
+# land one or two steps of 1/255 of its range away (measured: at most 0.8 % of the range), so 1 %.
+_FLOAT_TOLERANCE: Final = 3e-4
+_INT8_TOLERANCE: Final = 1e-2
+_SPREAD_FACTOR: Final = 3.0  # times the spread between this machine's own ways to run the graph
+
+
+# -- staging ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def staging(out: Path, label: str) -> Iterator[Path]:
+    """A folder on the file system of ``out``, removed at the end, whatever happens.
+
+    Raises:
+        OutputError: ``out`` cannot be made or written, the disk is full.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{label}.", suffix=".staging", dir=out))
+    except OSError as error:
+        _remove_empty(made)
+        raise OutputError(
+            f"output folder {out}: {error.strerror or error}: choose another with --out"
+        ) from error
+    try:
+        yield stage
+    except OSError as error:
+        raise OutputError(f"output folder {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not empty: the bundle is in it
+            folder.rmdir()
+
+
+def publish(stage: Path, out: Path, label: str, *, overwrite: bool) -> tuple[Path, Path, Path]:
+    """Move ``bundle``, ``bundle.tar`` and ``report.json`` to ``out/N-V``, ``.tar`` and ``.report.json``.
+
+    Raises:
+        OutputError: that version is there with another content.
+        OSError: the folder cannot be written; ``out`` is as it was.
+    """
+    moves = {
+        stage / "bundle": out / label,
+        stage / "bundle.tar": out / f"{label}.tar",
+        stage / "report.json": out / f"{label}.report.json",
+    }
+    folder, tar, report = moves.values()
+    if folder.exists() and not overwrite:
+        new = bundles.open_bundle(stage / "bundle").digest
+        try:
+            old = str(bundles.open_bundle(folder).digest)
+        except ValueError:
+            old = "no bundle"
+        if old != new:
+            raise OutputError(
+                f"{folder} exists with another content ({old[7:19]}, this is {new.short}): "
+                "give another --version, or --overwrite"
+            )
+    aside = stage / "replaced"
+    aside.mkdir()
+    undo: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves.items():
+            if target.exists():
+                target.rename(aside / target.name)
+                undo.append((aside / target.name, target))
+            source.rename(target)
+            undo.append((target, source))
+    except BaseException:
+        for moved, back in reversed(undo):
+            moved.rename(back)
+        raise
+    return folder, tar, report
+
+
+def write(stage: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
+    """Write folder and ``.tar`` into ``stage`` and prove them.
+
+    Raises:
+        OSError: ``stage`` cannot be written.
+    """
+    folder = stage / "bundle"
+    folder.mkdir()
+    bundle = bundles.write_bundle(folder, manifest, files)
+    bundles.pack(bundle, stage / "bundle.tar")
+    os.chmod(folder, 0o755)  # noqa: PTH101, S103 - mkdtemp makes private folders, a bundle is for everyone
+    return bundle
+
+
+# -- golden vectors ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Golden vectors and how far this machine's own ways to run the graph lie apart."""
+
+    golden: Golden
+    rows: int
+    spread: float  # largest difference, in units of what the tolerance allows: below 1
+
+
+def golden_of(model: PreparedModel, int8: Int8Model, calibration: Rows, impute: Impute) -> Vectors:
+    """Inputs from the calibration rows, some with missing values, some far outside, and what comes out.
+
+    The tolerance is what CPUs are known to differ by, or three times what differs on this machine between
+    an unfused float graph, the fused one and the one ARM runs, whichever is more.
+    """
+    inputs = _golden_inputs(model, calibration, impute)
+    outputs = runtime.run_all(runtime.open_session(int8.path), inputs, model.batch)
+    others = [
+        runtime.run_all(runtime.open_session(int8.path, settings=settings, level=level), inputs, model.batch)
+        for settings, level in (
+            (None, runtime.OptimizationLevel.ORT_DISABLE_ALL),
+            (None, runtime.OptimizationLevel.ORT_ENABLE_BASIC),
+            (runtime.ARM_GRAPH, runtime.OptimizationLevel.ORT_ENABLE_ALL),
+        )
+    ]
+    part = _FLOAT_TOLERANCE if int8.precision == "fp32" else _INT8_TOLERANCE
+    floats = {name: values.astype(np.float64) for name, values in outputs.items() if values.dtype.kind == "f"}
+    # Of the typical magnitude, not of the largest: rows far outside score a thousand times higher.
+    typical = max((float(np.median(np.abs(values))) for values in floats.values()), default=0.0)
+    absolute, relative = part * typical, part
+    apart = 0.0
+    for other in others:
+        for name, values in floats.items():
+            allowed = absolute + relative * np.abs(values)
+            difference = np.abs(other[name] - values)
+            apart = max(apart, float((difference / np.maximum(allowed, 1e-30)).max(initial=0.0)))
+    widened = max(1.0, _SPREAD_FACTOR * apart)
+    golden = Golden(
+        inputs=tuple(_array(name, values) for name, values in inputs.items()),
+        outputs=tuple(_array(name, values) for name, values in outputs.items()),
+        agreement=Agreement.TOLERANCE,
+        absolute=_round(absolute * widened),
+        relative=_round(relative * widened),
+    )
+    return Vectors(golden, len(next(iter(inputs.values()))), apart / widened)
+
+
+def _golden_inputs(model: PreparedModel, calibration: Rows, impute: Impute) -> dict[str, np.ndarray]:
+    count = model.fixed_batch or min(GOLDEN_ROWS, len(calibration))
+    index = np.linspace(0, len(calibration) - 1, count).round().astype(int)
+    inputs = {name: values[index].copy() for name, values in calibration.inputs.items()}
+    spec = model.inputs[0]
+    if len(model.inputs) > 1 or spec.datatype is not Datatype.FP32 or len(spec.shape) != 2:
+        return inputs
+    rows, everything = inputs[spec.name], calibration.inputs[spec.name]
+    width = rows.shape[1]
+    if impute is not Impute.NONE and count > _HOLES + _FAR:
+        rows[-1, 0] = np.nan
+        rows[-2, ::3] = np.nan
+        rows[-3, width // 2 :] = np.nan
+    if count > _HOLES + _FAR:
+        low, high = np.nanmin(everything, axis=0), np.nanmax(everything, axis=0)
+        span = np.where(high > low, high - low, 1.0)
+        rows[-4] = high + span
+        rows[-5] = low - span
+        rows[-6, 0] = high[0] + 10 * span[0]
+    return inputs
+
+
+def _array(name: str, values: np.ndarray) -> Array:
+    little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
+    return Array(name, _datatype(values.dtype), values.shape, little.tobytes())
+
+
+def _datatype(dtype: np.dtype) -> Datatype:
+    kinds = {"f": "FP", "i": "INT", "u": "UINT"}
+    return Datatype.BOOL if dtype.kind == "b" else Datatype(f"{kinds[dtype.kind]}{dtype.itemsize * 8}")
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.3g}")

@@ -1,0 +1,125 @@
+"""How far one model's outputs are from another's. Pure: arrays in, numbers out.
+
+SQNR is ``10 log10(power of the reference / power of the difference)`` in dB; 20 dB is 10 % noise, 40 dB 1 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from quantize.config import Budget
+
+IDENTICAL: Final = 200.0  # dB: what a difference of nothing is called, so that it stays a JSON number
+
+
+def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
+    """Signal to noise of ``other`` against ``reference``, any shape, in dB; -IDENTICAL if not finite."""
+    signal, noise = reference.astype(np.float64), other.astype(np.float64)
+    if not np.isfinite(noise).all():
+        return -IDENTICAL
+    power, difference = float(np.sum(signal**2)), float(np.sum((signal - noise) ** 2))
+    if difference == 0.0:
+        return IDENTICAL
+    return float(np.clip(10 * np.log10(max(power, 1e-300) / difference), -IDENTICAL, IDENTICAL))
+
+
+def auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve: the share of (bad, good) pairs in which bad scores higher, ties half.
+
+    Args:
+        labels: (n,) bool, True = bad; both classes.
+        scores: (n,) of any real dtype.
+    """
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    ranks = below + (counts + 1) / 2  # the mean rank of ties
+    bad = int(labels.sum())
+    assert 0 < bad < len(labels), "labels of one class were refused when loading"
+    total = float(ranks[inverse][labels].sum())
+    return (total - bad * (bad + 1) / 2) / (bad * (len(labels) - bad))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One candidate against the reference on the same rows."""
+
+    rows: int
+    sqnr: float  # dB, of the score, or the worst output
+    agreement: float | None  # share of rows with the same decision, or the same largest class; None: neither
+    auc_reference: float | None = None
+    auc: float | None = None
+    caught_reference: float | None = None  # share of bad rows decided fail
+    caught: float | None = None
+    false_alarms_reference: float | None = None  # share of good rows decided fail
+    false_alarms: float | None = None
+    mean_score_reference: float | None = None
+    mean_score: float | None = None
+
+    def inside(self, budget: Budget) -> bool:
+        """Whether this is close enough."""
+        if self.sqnr <= -IDENTICAL:
+            return False
+        if self.auc is not None and self.auc_reference is not None:
+            return self.auc_reference - self.auc <= budget.max_auc_drop
+        return self.sqnr >= budget.min_sqnr or (self.agreement or 0.0) >= budget.min_agreement
+
+    def verdict(self) -> str:
+        """The figures that decide, for people."""
+        parts = [f"{self.sqnr:.1f} dB"]
+        if self.agreement is not None:
+            parts.append(f"agreement {self.agreement:.1%}")
+        if self.auc is not None and self.auc_reference is not None:
+            parts.append(f"AUC {self.auc:.4f} (FP32 {self.auc_reference:.4f})")
+        return ", ".join(parts)
+
+
+def scores(
+    reference: np.ndarray, candidate: np.ndarray, thresholds: tuple[float, float], labels: np.ndarray | None
+) -> Comparison:
+    """Compare scores.
+
+    Args:
+        reference: (n,) scores of the FP32 model.
+        candidate: (n,) scores of the other.
+        thresholds: of the reference and of the candidate: each decides with its own.
+        labels: (n,) bool, True = bad, or None.
+    """
+    failed_reference, failed = reference > thresholds[0], candidate > thresholds[1]
+    comparison = Comparison(
+        rows=len(reference),
+        sqnr=sqnr(reference, candidate),
+        agreement=float((failed_reference == failed).mean()),
+        mean_score_reference=float(reference.astype(np.float64).mean()),
+        mean_score=float(candidate.astype(np.float64).mean()),
+    )
+    if labels is None or not np.isfinite(candidate).all():
+        return comparison
+    return replace(
+        comparison,
+        auc_reference=auc(labels, reference),
+        auc=auc(labels, candidate),
+        caught_reference=float(failed_reference[labels].mean()),
+        caught=float(failed[labels].mean()),
+        false_alarms_reference=float(failed_reference[~labels].mean()),
+        false_alarms=float(failed[~labels].mean()),
+    )
+
+
+def outputs(reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray]) -> Comparison:
+    """Compare the outputs of a model without a score: the worst SQNR, agreement of the largest class."""
+    floats = [name for name, values in reference.items() if values.dtype.kind == "f"]
+    worst = min((sqnr(reference[name], candidate[name]) for name in floats), default=IDENTICAL)
+    agreements = [
+        float((reference[name].argmax(axis=-1) == candidate[name].argmax(axis=-1)).mean())
+        for name in floats
+        if reference[name].ndim >= 2 and reference[name].shape[-1] > 1
+    ]
+    agreements += [
+        float((reference[name] == candidate[name]).mean()) for name in reference if name not in floats
+    ]
+    rows = len(next(iter(reference.values())))
+    return Comparison(rows=rows, sqnr=worst, agreement=min(agreements, default=None))
