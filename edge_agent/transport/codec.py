@@ -34,6 +34,7 @@ EXTENSIONS: Final = ("binary_tensor_data", "model_repository")
 PLATFORM: Final = "onnx_onnxv1"
 _STATES: Final = {"ready": "READY", "loading": "LOADING"}  # Triton's words; whatever else is UNAVAILABLE
 
+MAX_DIMENSION: Final = 2**31 - 1  # elements; far beyond any body, and products of it stay printable
 MAX_RANK: Final = 8  # dimensions of a tensor; onnxruntime's own models rarely pass 5
 MAX_TENSORS: Final = 64  # tensors of one request; a manifest names no more
 MAX_ID: Final = 256  # characters of an echoed id
@@ -91,7 +92,9 @@ _Row = list[float | None]
 
 class _Input(msgspec.Struct):
     name: str
-    shape: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=MAX_RANK)]
+    shape: Annotated[
+        list[Annotated[int, msgspec.Meta(ge=0, le=MAX_DIMENSION)]], msgspec.Meta(max_length=MAX_RANK)
+    ]
     datatype: str
     parameters: _Parameters = {}
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
