@@ -1,8 +1,8 @@
 """The example's data: breast-cancer measurements that ship inside scikit-learn; benign counts as good.
 
 569 rows, 30 features of cell nuclei, 357 benign and 212 malignant (UCI "Breast Cancer Wisconsin
-(Diagnostic)", CC BY 4.0). It stands in for test equipment: plenty of good units, few bad ones, features of very different
-scales, heavy tails. The split is the same on every machine and its parts share no row:
+(Diagnostic)", CC BY 4.0). It stands in for test equipment: plenty of good units, few bad ones, features of
+very different scales, heavy tails. The split is the same on every machine and its parts share no row:
 
     good rows, shuffled once:  150 train | 110 calibrate | 97 hold out, with all 212 bad rows
 

@@ -15,6 +15,8 @@ from quantize.config import Budget
 
 IDENTICAL: Final = 200.0  # dB: what a difference of nothing is called, so that it stays a JSON number
 
+CEILING: Final = 4.0  # times the threshold: scores beyond are compared as if they were this
+
 
 def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
     """Signal to noise of ``other`` against ``reference``, any shape, in dB; -IDENTICAL if not finite."""
@@ -77,6 +79,17 @@ class Comparison:
         return ", ".join(parts)
 
 
+def capped(values: np.ndarray, threshold: float) -> np.ndarray:
+    """Scores up to ``CEILING`` times a positive threshold.
+
+    What is far above fails whatever it is exactly; left as they are, a few rows with a score of a thousand
+    would be all that an SQNR sees. NaN and infinity stay, so that they are seen.
+    """
+    if threshold <= 0:
+        return values
+    return np.where(np.isfinite(values), np.minimum(values, CEILING * threshold), values)
+
+
 def scores(
     reference: np.ndarray, candidate: np.ndarray, thresholds: tuple[float, float], labels: np.ndarray | None
 ) -> Comparison:
@@ -91,7 +104,7 @@ def scores(
     failed_reference, failed = reference > thresholds[0], candidate > thresholds[1]
     comparison = Comparison(
         rows=len(reference),
-        sqnr=sqnr(reference, candidate),
+        sqnr=sqnr(capped(reference, thresholds[0]), capped(candidate, thresholds[0])),
         agreement=float((failed_reference == failed).mean()),
         mean_score_reference=float(reference.astype(np.float64).mean()),
         mean_score=float(candidate.astype(np.float64).mean()),

@@ -1,9 +1,9 @@
 """Rules for when the model cannot answer, derived from the calibration data (``edge_agent.rules``).
 
 The idea: every candidate is set so that it alarms on calibration rows about as often as the model does; the
-one that agrees best with the model on rows kept for choosing wins. Each candidate has limits per feature
-(around the median, as wide as the 1 % and 99 % quantiles ask for, times one factor for all), a number of
-votes k, and a robust distance; limits far out (``lolo``, ``hihi``) catch a broken sensor alone.
+one that agrees best with the model on rows kept for choosing wins. A candidate has limits per feature (around
+the median, as wide as the 1 % and 99 % quantiles ask for, times one factor for all) of which k must be
+violated, or a robust distance, or both; limits far out (``lolo``, ``hihi``) catch a broken sensor alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from edge_agent.rules.evaluate import Centre, Distance, Limit, Missing, RuleSet
 from quantize import compare
 
 _TAIL: Final = 0.01  # of the rows of a feature lie beyond its unscaled limits, on either side
-_FAR_OUT: Final = 3.0  # times the furthest calibration row: lolo and hihi
-_DIGITS: Final = 5  # significant digits of a limit: people read them
+_FAR_OUT: Final = 3.0  # times as far as the furthest calibration row: lolo and hihi
+_DIGITS: Final = 4  # significant digits of what a feature varies by: people read the limits
 _MAD_TO_SIGMA: Final = 1.4826  # median absolute deviation of a normal distribution to its deviation
 
 
@@ -46,6 +46,7 @@ class _Normal:
     below: np.ndarray  # from the centre to the 1 % quantile
     above: np.ndarray  # from the centre to the 99 % quantile
     scale: np.ndarray
+    reach: np.ndarray  # from the centre to the furthest value
     varies: np.ndarray  # bool: constant features have no limits
 
 
@@ -70,26 +71,19 @@ def derive(
     width = int(normal.varies.sum())
     if not width:
         return RuleSet(tuple(features), default="pass")
-    best: tuple[tuple[float, float], RuleSet] | None = None
+    best: tuple[float, RuleSet] | None = None
+    rate = model_alarm_rate
+    candidates = [_rule_set(features, normal, rows, None, rate)]
     for votes in sorted({1, 2, 3, max(1, width // 20), max(1, width // 10)}):
-        if votes > width:
-            continue
-        # Limits and distance share the alarms; each alone gets half.
-        for limits_share, distance_share in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0)):
-            rules = _rule_set(
-                features,
-                normal,
-                rows,
-                votes,
-                limits_share * model_alarm_rate,
-                distance_share * model_alarm_rate,
-            )
-            verdicts = rules.evaluate(selection)
-            agreement = float((verdicts.failed == selection_failed).mean())
-            ranking = _auc_or(selection_failed, verdicts.score, agreement)
-            figure = (round(ranking + agreement, 6), -float(votes))
-            if best is None or figure > best[0]:
-                best = (figure, rules)
+        if votes <= width:
+            candidates.append(_rule_set(features, normal, rows, (votes, rate), None))
+            candidates.append(_rule_set(features, normal, rows, (votes, rate / 2), rate / 2))
+    for rules in candidates:
+        verdicts = rules.evaluate(selection)
+        agreement = float((verdicts.failed == selection_failed).mean())
+        figure = round(_auc_or(selection_failed, verdicts.score, agreement) + agreement, 6)
+        if best is None or figure > best[0]:  # of equals the first: the simplest
+            best = (figure, rules)
     assert best is not None
     return best[1]
 
@@ -145,6 +139,7 @@ def _normal_of(rows: np.ndarray) -> _Normal:
         np.where(below > 1e-3 * scale, below, scale),
         np.where(above > 1e-3 * scale, above, scale),
         scale,
+        np.nanmax(np.abs(rows - centre), axis=0),
         varies,
     )
 
@@ -153,46 +148,44 @@ def _rule_set(
     features: Sequence[str],
     normal: _Normal,
     rows: np.ndarray,
-    votes: int,
-    limits_rate: float,
-    distance_rate: float,
+    vote: tuple[int, float] | None,
+    distance_rate: float | None,
 ) -> RuleSet:
+    """Rules with limits that vote (k, the alarm rate they get), a distance (its alarm rate), or both."""
     offset = rows - normal.centre
     excess = np.maximum(offset / normal.above, -offset / normal.below)[:, normal.varies]
     excess = np.where(np.isnan(excess), 0.0, excess)
     # The k-th largest excess of a row decides its vote: its quantile is the factor that gives the alarm rate.
-    factor = _upper(np.sort(excess, axis=1)[:, -votes], limits_rate)
-    far = _FAR_OUT * float(excess.max())
-    limits = {
-        name: Limit(
-            low=_round(centre - factor * below),
-            high=_round(centre + factor * above),
-            lolo=_round(centre - max(far, factor) * below),
-            hihi=_round(centre + max(far, factor) * above),
+    votes, factor = 1, 0.0
+    if vote is not None:
+        votes = vote[0]
+        factor = _upper(np.sort(excess, axis=1)[:, -votes], vote[1])
+    limits, centres = {}, {}
+    for column, name in enumerate(features):
+        if not normal.varies[column]:
+            continue
+        centre, width = float(normal.centre[column]), float(normal.scale[column])
+        low, high = (factor * float(side[column]) for side in (normal.below, normal.above))
+        # The same on both sides: the score of a trip is then 0 at the centre, and ranks rows.
+        far = max(_FAR_OUT * float(normal.reach[column]), low, high)
+        limits[name] = Limit(
+            low=_round(centre - low, width) if vote else None,
+            high=_round(centre + high, width) if vote else None,
+            lolo=_round(centre - far, width),
+            hihi=_round(centre + far, width),
         )
-        for name, centre, below, above, varies in zip(
-            features, normal.centre, normal.below, normal.above, normal.varies, strict=True
-        )
-        if varies
-    }
-    centres = {
-        name: Centre(_round(centre), _round(scale))
-        for name, centre, scale, varies in zip(
-            features, normal.centre, normal.scale, normal.varies, strict=True
-        )
-        if varies
-    }
+        centres[name] = Centre(_round(centre, width), _round(width, width))
     squares = (offset[:, normal.varies] / normal.scale[normal.varies]) ** 2
     present = ~np.isnan(squares)
     mean = np.where(present, squares, 0.0).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
-    limit = _upper(np.sqrt(mean), distance_rate)
+    limit = 0.0 if distance_rate is None else _upper(np.sqrt(mean), distance_rate)
     return RuleSet(
         tuple(features),
         default="pass",
         missing=Missing(count_as="ok", max_share=0.5),
         limits=limits,
         votes=float(votes),
-        distance=Distance(limit=_round(limit * 1.0001), features=centres) if limit > 0 else None,
+        distance=Distance(limit=_round(limit * 1.0005, limit), features=centres) if limit > 0 else None,
     )
 
 
@@ -203,5 +196,6 @@ def _upper(values: np.ndarray, rate: float) -> float:
     return float(np.sort(values)[-1 - exceed]) * (1.0001 if exceed else 1.05)
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+def _round(value: float, width: float) -> float:
+    """``value``, to the digits that matter beside ``width``: 101325.4 varying by 2 is not 101330."""
+    return round(value, _DIGITS - 1 - int(np.floor(np.log10(width))))

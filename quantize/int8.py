@@ -9,7 +9,7 @@ The static form is QDQ as ONNX Runtime fuses it on ARM64 (docs/quantize.md says 
 
 Candidates, in order: static per channel, static per tensor, dynamic (MatMul, Gemm, LSTM), FP32. A candidate
 that onnxruntime does not load, that is not smaller than FP32 or that is outside the budget is passed over,
-and the report says which and why.
+and the report says which and why. Of the static ones, several headrooms are tried and the closest is taken.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -41,15 +41,24 @@ _INT32_ROOM: Final = float(2**30)  # half of int32: the accumulator needs the ot
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How a static candidate is written."""
+    """How a static candidate is written.
 
-    name: str
+    ``headroom`` widens every range: what is beyond a range saturates, and rows outside the calibration data
+    are what an anomaly model is for; too much of it costs precision in the middle. Evidence decides.
+    """
+
     per_channel: bool
+    headroom: float = 1.0
     signed_activations: bool = True
 
+    @property
+    def name(self) -> str:
+        """For people and reports."""
+        ranges = f", ranges x{self.headroom:g}" if self.headroom != 1.0 else ""
+        return f"static int8, per {'channel' if self.per_channel else 'tensor'}{ranges}"
 
-PER_CHANNEL: Final = Scheme("static int8, per channel", per_channel=True)
-PER_TENSOR: Final = Scheme("static int8, per tensor", per_channel=False)
+
+HEADROOMS: Final = (1.0, 1.5, 2.0, 3.0)
 DYNAMIC: Final = "dynamic int8 (MatMul, Gemm, LSTM)"
 FLOAT: Final = "fp32"
 
@@ -89,13 +98,19 @@ class Candidate:
     comparison: Comparison | None = None
     problem: str | None = None  # why it was passed over
 
+    @property
+    def sqnr(self) -> float:
+        """How close it is, for choosing."""
+        return -np.inf if self.comparison is None else self.comparison.sqnr
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int8Model:
     """The chosen model, written and loaded. ``precision`` is fp32 if no candidate was good enough."""
 
     path: Path
-    scheme: str
+    name: str
+    scheme: Scheme | None  # of a static one
     precision: str
     size: int  # bytes
     plan: Plan
@@ -306,7 +321,8 @@ class _Writer:
 
     def _scale_of(self, found: Range) -> tuple[np.float32, int]:
         """Scale and zero point; zero is always representable, or padding and Relu would be off."""
-        low, high = min(found.low, 0.0), max(found.high, 0.0)
+        headroom = self._scheme.headroom
+        low, high = min(found.low, 0.0) * headroom, max(found.high, 0.0) * headroom
         scale = np.float32((high - low) / 255 or 1.0)
         zero_point = round(self._lowest - low / float(scale))
         return scale, int(np.clip(zero_point, self._lowest, self._lowest + 255))
@@ -355,7 +371,7 @@ def to_int8(
     float_size = float_path.stat().st_size
     tried: list[Candidate] = []
 
-    def attempt(name: str, write: Callable[[Path], None]) -> Int8Model | None:
+    def attempt(name: str, write: Callable[[Path], None], scheme: Scheme | None) -> Int8Model | None:
         path = folder / f"candidate{len(tried)}.onnx"
         try:
             write(path)
@@ -375,22 +391,40 @@ def to_int8(
         if problem:
             return None
         return Int8Model(
-            path=path, scheme=name, precision="int8", size=size, plan=plan, candidates=tuple(tried)
+            path=path,
+            name=name,
+            scheme=scheme,
+            precision="int8",
+            size=size,
+            plan=plan,
+            candidates=tuple(tried),
         )
 
     def write(scheme: Scheme) -> Callable[[Path], None]:
         return lambda path: onnx.save(write_static(model.proto, plan, ranges, scheme), path)
 
-    for scheme in (PER_CHANNEL, PER_TENSOR) if plan.layers else ():
-        if chosen := attempt(scheme.name, write(scheme)):
-            return chosen
+    for per_channel in (True, False) if plan.layers else ():
+        inside = []
+        for headroom in HEADROOMS:
+            scheme = Scheme(per_channel, headroom)
+            if found := attempt(scheme.name, write(scheme), scheme):
+                inside.append((tried[-1].sqnr, found))
+        if inside:
+            # The narrowest range of the closest: max() takes the first of equals.
+            return replace(max(inside, key=lambda item: item[0])[1], candidates=tuple(tried))
     dense = any(node.op_type in ("MatMul", "Gemm", "LSTM") for node in model.proto.graph.node)
-    if dense and (chosen := attempt(DYNAMIC, lambda path: write_dynamic(model.proto, path))):
+    if dense and (chosen := attempt(DYNAMIC, lambda path: write_dynamic(model.proto, path), None)):
         return chosen
     comparison = judge(float_path)
     if comparison.sqnr < 0:
         raise BadModel("the FP32 model itself gives outputs that are not finite on the calibration rows")
     tried.append(Candidate(name=FLOAT, size=float_size, comparison=comparison))
     return Int8Model(
-        path=float_path, scheme=FLOAT, precision="fp32", size=float_size, plan=plan, candidates=tuple(tried)
+        path=float_path,
+        name=FLOAT,
+        scheme=None,
+        precision="fp32",
+        size=float_size,
+        plan=plan,
+        candidates=tuple(tried),
     )

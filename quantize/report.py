@@ -73,7 +73,7 @@ def member(
             "notes": list(model.notes),
         },
         "int8": {
-            "chosen": int8.scheme,
+            "chosen": int8.name,
             "precision": int8.precision,
             "bytes": int8.size,
             "layers": len(int8.plan.layers),

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +27,7 @@ from quantize.calibrate import Range
 from quantize.compare import Comparison
 from quantize.config import Threshold
 from quantize.decide import threshold_of
-from quantize.int8 import PER_CHANNEL, PER_TENSOR, Int8Model, Plan, Scheme, write_static
+from quantize.int8 import Int8Model, Plan, Scheme, write_static
 from quantize.load import Rows
 from quantize.prepare import PreparedModel
 
@@ -187,7 +187,7 @@ def _latency(model: PreparedModel, int8: Int8Model, ranges: Mapping[str, Range],
     count = model.fixed_batch or 1
     feeds = {name: values[:count] for name, values in rows.inputs.items()}
     session, timed = runtime.open_session(int8.path), "the bundle's model"
-    scheme = {scheme.name: scheme for scheme in (PER_CHANNEL, PER_TENSOR)}.get(int8.scheme)
+    scheme = int8.scheme
     if scheme is not None and platform.machine() in ("x86_64", "AMD64"):
         session, timed = _twin(model, int8.plan, ranges, scheme), "a U8S8 twin (x86 has no fast S8S8 kernels)"
     fp32, chosen = in_turns((runtime.open_session(model.proto), session), feeds)
@@ -195,7 +195,7 @@ def _latency(model: PreparedModel, int8: Int8Model, ranges: Mapping[str, Range],
 
 
 def _twin(model: PreparedModel, plan: Plan, ranges: Mapping[str, Range], scheme: Scheme) -> runtime.Session:
-    unsigned = Scheme(f"{scheme.name}, U8S8", scheme.per_channel, signed_activations=False)
+    unsigned = replace(scheme, signed_activations=False)
     return runtime.open_session(write_static(model.proto, plan, ranges, unsigned))
 
 
