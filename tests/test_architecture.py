@@ -244,3 +244,14 @@ def test_the_contract_works_where_only_msgspec_is_installed() -> None:
     modules = ", ".join(_sources("edge_agent/contract"))
     others = ("onnxruntime", "numpy", "yaml", "tuf", "securesystemslib", "prometheus_client", "aiomqtt")
     _import_without(others, f"import {modules}")
+
+
+def test_edge_fleet_works_where_onnxruntime_is_not_installed() -> None:
+    modules = ", ".join(_sources("fleet"))
+    help_screen = (
+        "import fleet.cli\n"
+        "try: code = fleet.cli.main(['--help'])\n"
+        "except SystemExit as end: code = end.code\n"
+        "sys.exit(code)"
+    )
+    _import_without(("onnxruntime", "onnx"), f"import {modules}\n{help_screen}")
