@@ -49,7 +49,7 @@ class EventLog:
         """Something happened that the agent copes with, but someone should look."""
         self._emit(logging.WARNING, event, fields)
 
-    def error(self, event: str, /, error: BaseException | None = None, **fields: Any) -> None:
+    def error(self, event: str, /, *, error: BaseException | None = None, **fields: Any) -> None:
         """Something failed that should not; ``error`` adds its type, message and traceback."""
         self._emit(logging.ERROR, event, fields, error)
 

@@ -94,6 +94,12 @@ class Queue:
         return self._waiting_samples
 
     @property
+    def newest_sequence(self) -> int:
+        """Sequence of the record that came last and still waits; 0 if none waits."""
+        with self._lock:
+            return next(reversed(self._places), 0)
+
+    @property
     def size_bytes(self) -> int:
         """Bytes on disk."""
         return sum(self._sizes.values())

@@ -55,7 +55,7 @@ def test_an_error_says_what_was_raised_and_where(stream: io.StringIO) -> None:
     try:
         raise OSError(28, "No space left on device")
     except OSError as error:
-        logs.EventLog("queue").error("append_failed", error, path=Path("/x"))
+        logs.EventLog("queue").error("append_failed", error=error, path=Path("/x"))
     (line,) = lines(stream)
     assert line["level"] == "error"
     assert line["error"] == "OSError: [Errno 28] No space left on device"
