@@ -19,17 +19,13 @@ from edge_agent import __version__
 from edge_agent.contract import wire
 from edge_agent.contract.errors import ContractError
 from edge_agent.contract.version import Version
-from fleet import config as configs
-from fleet import controller, inventory, release, status
-from fleet.config import Folder
-from fleet.controller import Controller, Fleet
-from fleet.errors import FleetConfigError, FleetError, KeyMissing, RolloutError
-from fleet.git import Git
+from fleet import controller, folder, release, status
+from fleet.controller import Controller
+from fleet.errors import FleetError, KeyMissing, RolloutError
+from fleet.folder import Fleet
 from fleet.machine import Event, Phase
-from fleet.repository import ONLINE, Keys, Repository
+from fleet.repository import ONLINE
 from fleet.serve import StaticServer, keep_fresh
-
-_IGNORED = "/keys/\n/repository/blobs/\n/.lock\n.*.new\n.new-*\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,50 +134,6 @@ def _id(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_fleet(path: Path) -> Fleet:
-    """The fleet folder at ``path`` with its parts.
-
-    Raises:
-        FleetConfigError: there is none, or fleet.yaml is wrong.
-    """
-    folder = configs.find(path)
-    config = configs.load(folder.config)
-    repository = Repository(folder.repository, Keys(folder.keys), config.expiry)
-    return Fleet(folder, config, repository, Git(folder.root))
-
-
-def create_fleet(path: Path, name: str = "") -> Fleet:
-    """A new fleet folder: git repository, templates, keys, first metadata, first commit.
-
-    Raises:
-        FleetConfigError: there is a fleet, or another thing with its file names.
-        GitError: git is missing or refused.
-    """
-    folder = Folder(path.resolve())
-    for taken in (folder.config, folder.devices, folder.repository, folder.keys):
-        if taken.exists():
-            raise FleetConfigError(f"{taken} exists already; edge-fleet init wants a folder without a fleet")
-    folder.root.mkdir(parents=True, exist_ok=True)
-    git = Git.init(folder.root)
-    ignored = folder.root / ".gitignore"
-    before = ignored.read_text() if ignored.exists() else ""
-    ignored.write_text(before + _IGNORED)
-    keys = Keys(folder.keys)
-    Repository.create(folder.repository, keys)
-    folder.rollouts.mkdir(exist_ok=True)
-    folder.devices.write_text(inventory.TEMPLATE)
-    # Last: a folder with fleet.yaml is a whole fleet.
-    folder.config.write_text(
-        configs.TEMPLATE.format(name=wire.to_json(name or folder.root.name).decode().strip())
-    )
-    git.commit(
-        [ignored, folder.config, folder.devices, folder.repository],
-        "A fleet: keys made, first metadata signed",
-        trailers={"Phase": "Pending", "Reason": "init"},
-    )
-    return open_fleet(folder.root)
-
-
 def _chosen_model(fleet: Fleet, name: str | None) -> str:
     known = tuple(fleet.repository.releases())
     if name is not None:
@@ -214,7 +166,7 @@ def _say(arguments: argparse.Namespace, text: str, value: Any) -> None:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    fleet = create_fleet(arguments.dir, arguments.name)
+    fleet = folder.create(arguments.dir, arguments.name)
     root = fleet.folder.repository / "metadata" / "1.root.json"
     text = (
         f"fleet {fleet.config.name} in {fleet.folder.root}\n"
@@ -228,7 +180,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _publish(arguments: argparse.Namespace) -> int:
-    fleet = open_fleet(arguments.fleet)
+    fleet = folder.opened(arguments.fleet)
     with release.opened(arguments.bundle) as bundle:
         model = bundle.name
         stable = release.stable(fleet.repository.assignments(), model)
@@ -267,7 +219,7 @@ def _publish(arguments: argparse.Namespace) -> int:
 
 
 def _devices(arguments: argparse.Namespace) -> int:
-    fleet = open_fleet(arguments.fleet)
+    fleet = folder.opened(arguments.fleet)
     devices = fleet.devices()
     document = fleet.repository.assignments()
     models = [_chosen_model(fleet, arguments.model)] if arguments.model else list(document.models)
@@ -294,7 +246,7 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    fleet = open_fleet(arguments.fleet)
+    fleet = folder.opened(arguments.fleet)
     model = _chosen_model(fleet, arguments.model)
     version = Version(arguments.release)
     if release.stable(fleet.repository.assignments(), model) is None:
@@ -308,14 +260,14 @@ def _start(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    fleet = open_fleet(arguments.fleet)
+    fleet = folder.opened(arguments.fleet)
     record = status.load(fleet.folder.rollouts, _chosen_rollout(fleet, arguments.id))
     _say(arguments, status.table(record), record)
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    fleet = open_fleet(arguments.fleet)
+    fleet = folder.opened(arguments.fleet)
     rollout = _chosen_rollout(fleet, arguments.id)
     record = None
     for record in Controller(fleet).run(rollout):
@@ -327,7 +279,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _command(arguments: argparse.Namespace) -> int:
-    fleet = open_fleet(arguments.fleet)
+    fleet = folder.opened(arguments.fleet)
     rollout = _chosen_rollout(fleet, arguments.id)
     reason = arguments.reason or f"{arguments.event.value} by hand"
     record = controller.command(fleet, rollout, arguments.event, reason)
@@ -339,7 +291,7 @@ def _command(arguments: argparse.Namespace) -> int:
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    fleet = open_fleet(arguments.fleet)
+    fleet = folder.opened(arguments.fleet)
     model = _chosen_model(fleet, arguments.model)
     before = release.stable(fleet.repository.assignments(), model)
     version = Version(arguments.to) if arguments.to else controller.previous_stable(fleet, model).version
@@ -353,7 +305,7 @@ def _rollback(arguments: argparse.Namespace) -> int:
 
 
 def _refresh(arguments: argparse.Namespace) -> int:
-    fleet = open_fleet(arguments.fleet)
+    fleet = folder.opened(arguments.fleet)
     with fleet.folder.locked():
         roles = fleet.repository.refresh_offline() if arguments.offline else ()
         roles += fleet.repository.refresh(force=arguments.force)
@@ -368,7 +320,7 @@ def _refresh(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    fleet = open_fleet(arguments.fleet)
+    fleet = folder.opened(arguments.fleet)
     server = StaticServer(fleet.folder.repository, arguments.host, arguments.port)
     server.start()
     print(f"serving {fleet.folder.repository} on {server.url}", flush=True)
@@ -399,11 +351,9 @@ def _resign(fleet: Fleet) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
-    from fleet import simulate  # the real updater comes with it; no other verb pays for that
+    from fleet.simulate import run  # the real updater comes with it; no other verb pays for that
 
-    return simulate.run(
-        arguments.devices, Version(arguments.bad_version), keep=arguments.keep, as_json=arguments.json
-    )
+    return run(arguments.devices, Version(arguments.bad_version), keep=arguments.keep, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""fleet.yaml, and where everything lies in a fleet folder.
+"""fleet.yaml: how this fleet is measured and how its roll-outs go.
 
 People write ``fleet.yaml`` and ``devices.yaml`` and the tool never rewrites them; the tool writes
 ``repository/`` and ``rollouts/``. Unknown keys are refused, with a suggestion. Policy names are Argo
@@ -7,13 +7,9 @@ Rollouts' and Rancher Fleet's where one exists, in snake_case and with the unit 
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import fcntl
 import types
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -149,59 +145,6 @@ policy:
 # Days until signed metadata expires; `edge-fleet serve` and `edge-fleet refresh` re-sign the online roles.
 expiry: {{root_days: 365, targets_days: 365, rollout_days: 30, snapshot_days: 7, timestamp_days: 1}}
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """A fleet folder: a git repository."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        """fleet.yaml, written by people."""
-        return self.root / "fleet.yaml"
-
-    @property
-    def devices(self) -> Path:
-        """devices.yaml, written by people."""
-        return self.root / "devices.yaml"
-
-    @property
-    def repository(self) -> Path:
-        """The release repository, served to the devices."""
-        return self.root / "repository"
-
-    @property
-    def rollouts(self) -> Path:
-        """Roll-out records with their evidence."""
-        return self.root / "rollouts"
-
-    @property
-    def keys(self) -> Path:
-        """Private keys; ignored by git."""
-        return self.root / "keys"
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """One decision at a time, whoever makes it."""
-        with (self.root / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-
-def find(path: Path) -> Folder:
-    """The fleet folder at ``path``.
-
-    Raises:
-        FleetConfigError: there is none.
-    """
-    folder = Folder(path.resolve())
-    if not folder.config.is_file():
-        raise FleetConfigError(
-            f"{path} is no fleet (no fleet.yaml); give one with -C DIR, or make one: edge-fleet init DIR"
-        )
-    return folder
 
 
 def load(path: Path) -> FleetConfig:

@@ -21,16 +21,14 @@ from msgspec.structs import replace
 
 from edge_agent.contract.assignments import Assignments, Candidate, Release
 from edge_agent.contract.version import Version
-from fleet import analysis, inventory, measure, release, status
+from fleet import analysis, measure, release, status
 from fleet.analysis import AnalysisPhase, Measurement, MetricState
-from fleet.config import FleetConfig, Folder
 from fleet.errors import MeasurementError, RolloutError
-from fleet.git import Git
+from fleet.folder import Fleet, refuse_open
 from fleet.inventory import Device
 from fleet.machine import FINAL, RUNNING, Event, Phase, advance, allowed
 from fleet.measure import BAD_RESULTS, Reading, Sample, Source
 from fleet.plan import plan
-from fleet.repository import Repository
 from fleet.status import Entry, Evidence, Record
 
 
@@ -82,7 +80,9 @@ def decide(record: Record, seen: Observation, devices: Collection[str]) -> Decis
     match record.phase:
         case Phase.PENDING:
             record = replace(record, baseline=_bad_results(seen))
-            return Decision(record, Event.STARTED, record.plan.power, evidence)
+            first = record.plan.waves[0]
+            reason = f"{record.candidate.version} first on {first.devices}: {_some(record.plan.canary)}"
+            return Decision(record, Event.STARTED, reason, evidence)
         case Phase.PROGRESSING | Phase.PAUSED | Phase.PROMOTING:
             record = _note_failures(record, seen, reachable)
             within = len(unreachable) <= record.policy.max_unreachable * len(members)
@@ -297,68 +297,6 @@ def _say_metrics(record: Record) -> str:
 def _some(names: Sequence[str], count: int = 5) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
-
-
-@dataclass(frozen=True, slots=True)
-class Fleet:
-    """An opened fleet folder: what every verb works on."""
-
-    folder: Folder
-    config: FleetConfig
-    repository: Repository
-    git: Git
-
-    def devices(self) -> tuple[Device, ...]:
-        """The inventory, as it is on disk now.
-
-        Raises:
-            FleetConfigError: devices.yaml is wrong.
-        """
-        return inventory.load(self.folder.devices)
-
-    def source(self) -> Source:
-        """Prometheus where the fleet has one, else the devices themselves."""
-        if self.config.prometheus is not None:
-            return measure.Prometheus(self.config.prometheus)
-        return measure.Scraper(self.config.scrape)
-
-    def commit(self, subject: str, body: str = "", trailers: Mapping[str, str] | None = None) -> str | None:
-        """Commit what the tool owns: metadata, targets, records."""
-        return self.git.commit([self.folder.repository, self.folder.rollouts], subject, body, trailers)
-
-    def assign_stable(self, model: str, version: Version, phase: Phase, reason: str) -> Release:
-        """Make a published release the stable one for everybody, at once: bootstrap and fleet-wide rollback.
-
-        Raises:
-            RolloutError: a roll-out of the model is open.
-            RepositoryError: it is not published, or was signed meanwhile.
-        """
-        with self.folder.locked():
-            refuse_open(self, model)
-            chosen = self.repository.release(model, version)
-            document = self.repository.assignments()
-            changed = release.with_stable(document, model, chosen)
-            if changed is not document:
-                self.repository.assign(changed)
-            self.commit(
-                f"{model} {version} is the stable release",
-                reason,
-                {"Model": model, "Phase": phase.value, "Reason": reason},
-            )
-        return chosen
-
-
-def refuse_open(fleet: Fleet, model: str) -> None:
-    """No two roll-outs of one model at a time.
-
-    Raises:
-        RolloutError: there is one.
-    """
-    for record in status.open_records(fleet.folder.rollouts, model):
-        raise RolloutError(
-            f"roll-out {record.id} is {record.phase.value}; finish it with edge-fleet rollout run, "
-            "or stop it with edge-fleet rollout abort"
-        )
 
 
 def start(

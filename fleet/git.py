@@ -57,14 +57,18 @@ class Git:
         """
         names = [str(path.relative_to(self.root)) for path in paths if path.exists()]
         self._run("add", "--", *names)
-        if not self._run("diff", "--cached", "--name-only", "--", *names).strip():
+        # The changed files by name: an empty folder among the paths would be an error to commit.
+        changed = self._run("diff", "--cached", "--name-only", "--no-renames", "-z", "--", *names).split(
+            "\0"
+        )[:-1]
+        if not changed:
             return None
         lines = [subject, ""]
         if body:
             lines += [body, ""]
         # A trailer is one line, whatever its value was.
         lines += [f"{key}: {' '.join(value.split())}" for key, value in (trailers or {}).items()]
-        self._run(*self._identity(), "commit", "--quiet", "--file=-", "--", *names, text="\n".join(lines))
+        self._run(*self._identity(), "commit", "--quiet", "--file=-", "--", *changed, text="\n".join(lines))
         return self._run("rev-parse", "HEAD").strip()
 
     def log(self, count: int = 20) -> list[str]:

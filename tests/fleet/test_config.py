@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet import config, inventory
+from fleet import config, folder, inventory
 from fleet.errors import FleetConfigError
 
 
@@ -74,4 +74,4 @@ def test_a_wrong_inventory_is_refused(tmp_path: Path, text: str, message: str) -
 
 def test_a_folder_without_a_fleet_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FleetConfigError, match=r"is no fleet .* -C DIR, or make one: edge-fleet init DIR"):
-        config.find(tmp_path)
+        folder.find(tmp_path)
