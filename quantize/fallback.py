@@ -191,7 +191,7 @@ def _rule_set(
 
 def _upper(values: np.ndarray, rate: float) -> float:
     """A bound that ``rate`` of ``values`` (n,) exceed; for none, 5 % above the largest."""
-    exceed = int(rate * len(values) + 1e-9)
+    exceed = min(int(rate * len(values) + 1e-9), len(values) - 1)
     # Limits are rounded for people; the hair above keeps the row that sets the bound inside it.
     return float(np.sort(values)[-1 - exceed]) * (1.0001 if exceed else 1.05)
 

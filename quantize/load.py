@@ -320,13 +320,13 @@ def _labels(path: Path, labels: np.ndarray | None, rows: int) -> np.ndarray | No
 
 
 def good_rows(rows: Rows) -> Rows:
-    """The rows to calibrate with: those not labelled bad.
+    """The rows to calibrate with: those not labelled bad, without labels.
 
     Raises:
         BadData: too few good rows, nothing but NaN, or a feature that is always missing (named).
     """
     if rows.labels is not None:
-        rows = rows.take(~rows.labels)
+        rows = replace(rows.take(~rows.labels), labels=None)
         if len(rows) < MIN_ROWS:
             raise BadData(f"data {rows.source}: {len(rows)} good rows, expected at least {MIN_ROWS}")
     for name, values in rows.inputs.items():

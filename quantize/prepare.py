@@ -116,7 +116,7 @@ def _normalize(proto: onnx.ModelProto) -> None:
             _absorb_bias(graph, node, weights, uses, removed)
         elif node.op_type == "Gemm":
             _plain_gemm(graph, node, weights)
-    kept = [node for node in graph.node if node.output[0] not in removed]
+    kept = [node for node in graph.node if not (node.op_type == "Add" and node.output[0] in removed)]
     if len(kept) < len(graph.node):
         del graph.node[:]
         graph.node.extend(kept)

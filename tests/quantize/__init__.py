@@ -1,0 +1,1 @@
+"""quantize-model: what it makes of models and data, good and bad."""

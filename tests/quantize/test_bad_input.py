@@ -1,0 +1,203 @@
+"""Bad input: one line that says what to do, exit code 1, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.quantize import models
+from tests.quantize.models import quantize
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Quantize, expect exit code 1, one line and an untouched output folder; returns the line."""
+
+    def check(model: Path, data: Path, *options: str) -> str:
+        out = tmp_path / "out"
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("mine")
+        assert quantize(model, data, out, "--quiet", *options) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert [path.name for path in out.iterdir()] == ["mine.txt"]
+        assert printed.err.startswith("quantize-model: ")
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return check
+
+
+def test_a_file_that_is_not_onnx(refused, calibration, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"PK\x03\x04 certainly not" * 50)
+    assert "is not a valid ONNX file" in refused(tmp_path / "model.onnx", calibration)
+
+
+def test_an_empty_file(refused, calibration, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"")
+    assert "ONNX" in refused(tmp_path / "model.onnx", calibration)
+
+
+def test_a_model_that_is_missing(refused, calibration, tmp_path):
+    assert "No such file" in refused(tmp_path / "absent.onnx", calibration)
+
+
+def test_a_model_that_is_already_quantized(refused, autoencoder, calibration, tmp_path, capsys):
+    quantize(autoencoder, calibration, tmp_path / "first", "--quiet")
+    capsys.readouterr()
+    line = refused(tmp_path / "first" / "unit-1.2.3" / "model.onnx", calibration)
+    assert "already quantized" in line
+    assert "QuantizeLinear" in line
+
+
+def test_a_model_that_takes_half_precision(refused, calibration, tmp_path):
+    import onnx
+
+    path = models.autoencoder(tmp_path / "half.onnx")
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    cast = onnx.helper.make_node("Cast", ["x"], ["x32"], to=onnx.TensorProto.FLOAT)
+    model.graph.node.insert(0, cast)
+    model.graph.node[1].input[0] = "x32"
+    onnx.save(model, path)
+    assert "FLOAT16, expected FLOAT" in refused(path, calibration)
+
+
+def test_calibration_data_of_the_wrong_width_names_both(refused, autoencoder, tmp_path):
+    data = models.write_rows(tmp_path / "narrow.npz", models.rows(50)[:, :11])
+    line = refused(autoencoder, data)
+    assert "11 columns" in line
+    assert "takes 12" in line
+
+
+def test_arrays_of_other_names_are_listed_with_the_expected_one(refused, autoencoder, tmp_path):
+    np.savez(tmp_path / "other.npz", measurements=models.rows(50))
+    line = refused(autoencoder, tmp_path / "other.npz")
+    assert "measurements" in line
+    assert "'x'" in line
+
+
+def test_a_feature_that_is_always_missing_is_named(refused, autoencoder, tmp_path):
+    rows = models.rows(50)
+    rows[:, 3] = np.nan
+    data = models.write_rows(tmp_path / "nan.npz", rows, feature_names=np.array(models.NAMES))
+    assert "sensor_3" in refused(autoencoder, data)
+
+
+def test_nothing_but_missing_values(refused, autoencoder, tmp_path):
+    data = models.write_rows(tmp_path / "nan.npz", np.full((50, models.WIDTH), np.nan))
+    assert "every value" in refused(autoencoder, data)
+
+
+def test_missing_values_without_imputation(refused, autoencoder, tmp_path):
+    rows = models.rows(50)
+    rows[4, 3] = np.nan
+    data = models.write_rows(tmp_path / "nan.npz", rows)
+    assert "impute" in refused(autoencoder, data, "--impute", "none")
+
+
+def test_infinite_values(refused, autoencoder, tmp_path):
+    rows = models.rows(50).astype(np.float64)
+    rows[4, 3] = 1e300
+    assert "row 5" in refused(autoencoder, models.write_rows(tmp_path / "inf.npz", rows))
+
+
+def test_data_that_is_missing(refused, autoencoder, tmp_path):
+    assert "No such file" in refused(autoencoder, tmp_path / "absent.npz")
+
+
+@pytest.mark.parametrize("name", ["rows.npz", "rows.npy", "rows.csv", "rows.xlsx"])
+def test_data_that_is_something_else(refused, autoencoder, tmp_path, name):
+    (tmp_path / name).write_bytes(os.urandom(100))
+    assert name in refused(autoencoder, tmp_path / name)
+
+
+def test_pickled_objects_are_never_loaded(refused, autoencoder, tmp_path):
+    np.savez(tmp_path / "pickle.npz", X=np.array([{"a": 1}] * 20, dtype=object))
+    assert "pickle.npz" in refused(autoencoder, tmp_path / "pickle.npz")
+
+
+def test_too_few_rows(refused, autoencoder, tmp_path):
+    assert "4 rows" in refused(autoencoder, models.write_rows(tmp_path / "few.npz", models.rows(4)))
+
+
+def test_a_cell_that_is_no_number_is_named(refused, autoencoder, tmp_path):
+    line = ",".join(["1"] * 12)
+    (tmp_path / "rows.csv").write_text("\n".join([",".join(models.NAMES), line, line.replace("1", "x", 1)]))
+    message = refused(autoencoder, tmp_path / "rows.csv")
+    assert "row 2" in message
+    assert "sensor_0" in message
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_validation_labels_of_one_class(refused, autoencoder, calibration, tmp_path, label):
+    held_out = models.write_rows(tmp_path / "held.npz", models.rows(40, 7), y=np.full(40, label))
+    line = refused(autoencoder, calibration, "--validation", str(held_out))
+    assert "every label is" in line
+
+
+def test_labels_that_are_not_zero_and_one(refused, autoencoder, calibration, tmp_path):
+    held_out = models.write_rows(tmp_path / "held.npz", models.rows(40, 7), y=np.arange(40))
+    assert "expected 0 (good) and 1 (bad)" in refused(autoencoder, calibration, "--validation", str(held_out))
+
+
+def test_a_reconstruction_error_of_a_model_that_reconstructs_nothing(refused, calibration, tmp_path):
+    line = refused(models.scorer(tmp_path / "scorer.onnx"), calibration, "--score", "mse")
+    assert "risk" in line
+    assert "--score none" in line
+
+
+def test_an_output_folder_that_is_a_file(autoencoder, calibration, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert quantize(autoencoder, calibration, tmp_path / "file" / "out", "--quiet") == 1
+    assert "--out" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_folder_made_for_a_failed_run_is_gone_again(calibration, tmp_path):
+    model = models.scorer(tmp_path / "scorer.onnx")
+    assert quantize(model, calibration, tmp_path / "a" / "b", "--score", "mse", "--quiet") == 1
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--name", "Not A Name"],
+        ["--version", "1.0"],
+        ["--threshold", "quantile:2"],
+        ["--threshold", "high"],
+        ["--scale", "log"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_code_2_and_says_what_is_expected(
+    autoencoder, calibration, tmp_path, capsys, options
+):
+    with pytest.raises(SystemExit) as ended:
+        quantize(autoencoder, calibration, tmp_path / "out", *options)
+    assert ended.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_control_c_leaves_nothing_behind(autoencoder, calibration, tmp_path):
+    """Interrupted as soon as its staging folder is seen: the folder goes away, exit code 130."""
+    out = tmp_path / "out"
+    out.mkdir()
+    many = models.write_rows(tmp_path / "many.npz", np.tile(models.rows(500), (400, 1)))
+    command = [sys.executable, "-m", "quantize.cli", str(autoencoder), "--calibration", str(many)]
+    command += ["--name", "unit", "--version", "1.2.3", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any(out.iterdir()):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in error
+    assert list(out.iterdir()) == []
