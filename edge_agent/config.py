@@ -150,12 +150,13 @@ def load(path: Path | None) -> Config:
         return from_mapping({}, "defaults")
     try:
         text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give another file with --config") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: {why}; give another file with --config") from error
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
     if content is None:
         content = {}
     return from_mapping(content, str(path))
