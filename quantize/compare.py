@@ -16,6 +16,7 @@ from quantize.config import Budget
 IDENTICAL: Final = 200.0  # dB: what a difference of nothing is called, so that it stays a JSON number
 
 CEILING: Final = 4.0  # times the threshold: scores beyond are compared as if they were this
+_BELOW: Final = 0.1  # share of rows that must be below for that
 
 
 def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
@@ -79,15 +80,16 @@ class Comparison:
         return ", ".join(parts)
 
 
-def capped(values: np.ndarray, threshold: float) -> np.ndarray:
-    """Scores up to ``CEILING`` times a positive threshold.
+def _score_sqnr(reference: np.ndarray, candidate: np.ndarray, threshold: float) -> float:
+    """SQNR of scores up to ``CEILING`` times a positive threshold.
 
     What is far above fails whatever it is exactly; left as they are, a few rows with a score of a thousand
-    would be all that an SQNR sees. NaN and infinity stay, so that they are seen.
+    would be all that an SQNR sees. Where nearly all are that far, nothing is cut.
     """
-    if threshold <= 0:
-        return values
-    return np.where(np.isfinite(values), np.minimum(values, CEILING * threshold), values)
+    ceiling = CEILING * threshold
+    if threshold <= 0 or not np.isfinite(candidate).all() or (reference < ceiling).mean() < _BELOW:
+        return sqnr(reference, candidate)
+    return sqnr(np.minimum(reference, ceiling), np.minimum(candidate, ceiling))
 
 
 def scores(
@@ -104,7 +106,7 @@ def scores(
     failed_reference, failed = reference > thresholds[0], candidate > thresholds[1]
     comparison = Comparison(
         rows=len(reference),
-        sqnr=sqnr(capped(reference, thresholds[0]), capped(candidate, thresholds[0])),
+        sqnr=_score_sqnr(reference, candidate, thresholds[0]),
         agreement=float((failed_reference == failed).mean()),
         mean_score_reference=float(reference.astype(np.float64).mean()),
         mean_score=float(candidate.astype(np.float64).mean()),

@@ -26,6 +26,8 @@ from quantize.prepare import PreparedModel
 from quantize.validate import Parts, Verdict
 
 FORMAT: Final = 1
+_MANY_ALARMS: Final = 0.2  # of good rows: ten times what a quantile threshold lets fail
+_POOR_AUC: Final = 0.6
 
 
 def tools() -> dict[str, str]:
@@ -52,6 +54,7 @@ def member(
     """``report.json``: every figure but times."""
     return {
         "format": FORMAT,
+        "warnings": warnings_of(verdict),
         "model": {"name": config.name, "version": str(config.version), "command": config.command},
         "source": {"file": config.model.name, "digest": str(source.digest), "bytes": source.size},
         "data": {
@@ -115,6 +118,22 @@ def member(
     }
 
 
+def warnings_of(verdict: Verdict) -> list[str]:
+    """What somebody should look at before publishing."""
+    found = verdict.comparison
+    warnings = []
+    if found.false_alarms is not None and found.false_alarms > _MANY_ALARMS:
+        warnings.append(
+            f"{found.false_alarms:.0%} of the good rows of {verdict.judged_on} fail: do calibration and "
+            "validation data have the same units?"
+        )
+    if found.auc is not None and found.auc < _POOR_AUC:
+        warnings.append(
+            f"ROC-AUC {found.auc:.2f} on {verdict.judged_on}: the model hardly tells bad from good"
+        )
+    return warnings
+
+
 def timed(
     facts: Mapping[str, Any], bundle: Bundle, verdict: Verdict, durations: Mapping[str, float]
 ) -> dict[str, Any]:
@@ -175,6 +194,7 @@ def table(
     text = [f"{a:<20} {b:>12} {c:>12}   {d}".rstrip() for a, b, c, d in lines]
     text.append("")
     text += [f"  passed over: {tried.name}: {tried.problem}" for tried in int8.candidates if tried.problem]
+    text += [f"  Warning: {warning}" for warning in warnings_of(verdict)]
     if int8.precision == "fp32":
         text.append("  No INT8 candidate was good enough: the bundle carries the FP32 model.")
     if latency.timed != "the bundle's model":

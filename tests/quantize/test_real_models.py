@@ -70,6 +70,25 @@ def test_wrong_units_pass_the_self_test_and_fail_in_life(tmp_path):
     assert failed(bad.manifest, bad, rows).mean() > 0.9
 
 
+def test_wrong_units_are_pointed_out_where_labelled_rows_show_them(tmp_path, capsys):
+    calibration = dataset.write_calibration(tmp_path / "wrong.npz", factor=0.25)
+    validation = dataset.write_validation(tmp_path / "validation.npz")
+    command = [str(OUTPUT), "--calibration", str(calibration), "--validation", str(validation)]
+    command += [
+        "--scale",
+        "standard",
+        "--name",
+        "cells",
+        "--version",
+        "3.0.0",
+        "--out",
+        str(tmp_path),
+        "--quiet",
+    ]
+    assert main(command) == 0
+    assert "same units?" in capsys.readouterr().out
+
+
 def test_the_committed_model_is_the_one_the_script_trains(tmp_path):
     import onnx
 
