@@ -21,7 +21,7 @@ from edge_agent.contract.errors import ContractError
 from edge_agent.contract.version import Version
 from fleet import controller, folder, release, status
 from fleet.controller import Controller
-from fleet.errors import FleetError, KeyMissing, RolloutError
+from fleet.errors import FleetError, RolloutError
 from fleet.folder import Fleet
 from fleet.machine import Event, Phase
 from fleet.repository import ONLINE
@@ -247,8 +247,8 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 def _start(arguments: argparse.Namespace) -> int:
     fleet = folder.opened(arguments.fleet)
-    model = _chosen_model(fleet, arguments.model)
     version = Version(arguments.release)
+    model = _chosen_model(fleet, arguments.model)
     if release.stable(fleet.repository.assignments(), model) is None:
         first = fleet.assign_stable(model, version, Phase.SUCCEEDED, "first release of the model")
         text = f"{model} {version} is the first release of the model: every device gets it, without a canary"
@@ -346,7 +346,7 @@ def _resign(fleet: Fleet) -> None:
             if roles := fleet.repository.refresh():
                 fleet.commit(f"Metadata re-signed: {', '.join(roles)}", trailers={"Reason": "refresh"})
                 print(f"re-signed {', '.join(roles)}", flush=True)
-    except (FleetError, KeyMissing, OSError) as error:
+    except (FleetError, OSError) as error:
         print(f"edge-fleet: re-signing failed: {error}", file=sys.stderr, flush=True)
 
 

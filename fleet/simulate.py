@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import math
 import random
@@ -438,6 +439,10 @@ def run(devices: int, bad: Version, *, keep: Path | None = None, as_json: bool =
     """``edge-fleet simulate``: first release, a good roll-out, a bad one. Returns the exit code."""
     if devices < 3:
         raise FleetError(f"{devices} devices: a canary needs others to be compared with, give at least 3")
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise FleetError("simulated devices test their models with onnxruntime, which is not installed")
+    if bad <= Version("2.0.0"):
+        raise FleetError(f"--bad-version {bad}: it must be above 2.0.0, the good release of the simulation")
     with tempfile.TemporaryDirectory(prefix="edge-fleet-simulate-") as temporary:
         path = keep or Path(temporary)
         say = (lambda _: None) if as_json else (lambda text: print(text, flush=True))
@@ -484,6 +489,8 @@ def _story(
         for step in Controller(fleet).run(record.id):
             record = step
             say(f"     {status.line(record, time.time())}")
+            if record.phase is Phase.PAUSED:
+                break  # it waits for a person, and here is none
         done(
             f"{record.id} ends {record.phase.value} (expected {phase.value}): {record.reason}",
             began,
