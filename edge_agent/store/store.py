@@ -121,6 +121,29 @@ class Store:
             return None
         return self._pointed(model, PREVIOUS)
 
+    def intact_previous(self, model: str) -> Bundle:
+        """The release that a roll-back would bring back, every byte of it verified.
+
+        Raises:
+            StoreError: there is none (``reason`` is ``no_previous``), or it is damaged
+                (``corrupt_previous``).
+        """
+        try:
+            bundle = self.previous(model)
+            if bundle is not None:
+                bundle.verify()
+        except ContractError as error:
+            raise StoreError(
+                f"model {model}: the previous release is damaged ({error}); install a release",
+                reason="corrupt_previous",
+            ) from error
+        if bundle is None:
+            raise StoreError(
+                f"model {model}: there is no previous release to go back to; install one",
+                reason="no_previous",
+            )
+        return bundle
+
     def pointer(self, model: str, name: str = CURRENT) -> Digest | None:
         """The digest that ``current`` (or ``previous``) names, without looking at the release."""
         try:
@@ -223,20 +246,7 @@ class Store:
                 (``corrupt_previous``), or the disk refused; ``current`` is as it was.
         """
         self._check_writable()
-        try:
-            bundle = self.previous(model)
-            if bundle is not None:
-                bundle.verify()
-        except ContractError as error:
-            raise StoreError(
-                f"model {model}: the previous release is damaged ({error}); install a release",
-                reason="corrupt_previous",
-            ) from error
-        if bundle is None:
-            raise StoreError(
-                f"model {model}: there is no previous release to go back to; install one",
-                reason="no_previous",
-            )
+        bundle = self.intact_previous(model)
         folder = self.layout.model(model)
         self._disk.replace_symlink(folder / CURRENT, self.layout.target(bundle.digest))
         self._disk.remove(folder / PREVIOUS)
@@ -301,6 +311,18 @@ class Store:
         for path in garbage:
             self._disk.remove_tree(path)
         return len(garbage)
+
+    def forget_partial(self) -> None:
+        """Remove half downloads: an update has ended, and they were for one before it.
+
+        Raises:
+            StoreError: one of them cannot be removed.
+        """
+        self._check_writable()
+        with explained("read", self.layout.partial):
+            halves = list(self.layout.partial.iterdir())
+        for path in halves:
+            self._disk.remove_tree(path)
 
     # Parts
 

@@ -1,0 +1,184 @@
+"""The updater's side of the worker: start it, ask it, and kill it when it is silent for too long.
+
+Nothing that the worker imports is imported here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator
+from typing import Final, Protocol
+
+from edge_agent.errors import EdgeError
+from edge_agent.update import messages
+from edge_agent.update.messages import Command, Failed, Progress, Reply, Setup
+from edge_agent.update.source import SourceFailed
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_SECONDS: Final = 3600.0  # for one command, however much progress it reports
+_START_SECONDS: Final = 30.0  # a slow device with a cold cache imports tuf in several seconds
+_STDERR_KEPT: Final = 2000  # bytes of the last words
+
+
+class TimedOut(EdgeError):
+    """The worker was silent for too long and was killed."""
+
+
+class Aborted(EdgeError):
+    """The worker was killed because an operator wants something else."""
+
+
+class Hands(Protocol):
+    """Somebody who carries out commands."""
+
+    async def ask(self, command: Command) -> Reply:
+        """Carry out a command and return its answer.
+
+        Raises:
+            UpdateRejected, SourceFailed, StoreError: it was not carried out.
+            TimedOut, Aborted: nobody knows how far it came.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Give up as soon as possible; ``ask`` raises ``Aborted``."""
+        ...
+
+
+@contextlib.asynccontextmanager
+async def child_process(setup: Setup, silence_seconds: float) -> AsyncIterator[Hands]:
+    """A worker in a process of its own, started now and gone afterwards."""
+    environment = {**os.environ, "TMPDIR": setup.scratch, "ORT_DISABLE_TELEMETRY": "1"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-P",  # the working directory is no place to import from
+        "-m",
+        "edge_agent.update.worker",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        limit=messages.MAX_LINE,
+        env=environment,
+    )
+    hands = _Child(process, silence_seconds)
+    try:
+        hands.send(messages.encode(setup))
+        yield hands
+    finally:
+        await hands.end()
+
+
+class _Child:
+    def __init__(self, process: asyncio.subprocess.Process, silence_seconds: float) -> None:
+        self._process = process
+        self._silence = silence_seconds
+        self._first = True
+        self._aborted = False
+        self._last_words = asyncio.create_task(self._listen(), name="worker-stderr")
+
+    def send(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line)
+
+    async def ask(self, command: Command) -> Reply:
+        try:
+            self.send(messages.encode(command))
+            # A worker that died leaves a closed pipe: `drain` would raise, `_reply` says why it died.
+            async with asyncio.timeout(_LONGEST_SECONDS):
+                while True:
+                    reply = await self._reply()
+                    if not isinstance(reply, Progress):
+                        break
+        except TimeoutError as error:
+            self._kill()
+            raise TimedOut(f"the update worker said nothing for {self._silence:g} s and was ended") from error
+        except (OSError, ValueError) as error:
+            if self._aborted:
+                raise Aborted("the update was given up for an operator's command") from error
+            raise SourceFailed(f"the update worker broke off: {error}", reason="worker") from error
+        if isinstance(reply, Failed):
+            raise reply.error()
+        return reply
+
+    def abort(self) -> None:
+        self._aborted = True
+        self._kill()
+
+    async def end(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()  # it ends by itself
+        try:
+            async with asyncio.timeout(1.0):
+                await self._process.wait()
+        except TimeoutError:
+            self._kill()
+        finally:
+            if self._process.returncode is None:
+                self._kill()
+                await self._process.wait()
+            self._last_words.cancel()
+            await asyncio.gather(self._last_words, return_exceptions=True)
+
+    async def _reply(self) -> Reply:
+        assert self._process.stdout is not None
+        patience = self._silence + (_START_SECONDS if self._first else 0.0)
+        async with asyncio.timeout(patience):
+            line = await self._process.stdout.readline()
+        self._first = False
+        if line:
+            return messages.decode_reply(line)
+        if self._aborted:
+            raise Aborted("the update was given up for an operator's command")
+        code = await self._process.wait()
+        words = await asyncio.gather(self._last_words, return_exceptions=True)
+        raise SourceFailed(
+            f"the update worker ended with {code}: {words[0] or 'it said nothing'}", reason="worker"
+        )
+
+    async def _listen(self) -> str:
+        """Read stderr to its end, so that the worker never waits for us, and keep the last words."""
+        assert self._process.stderr is not None
+        tail = b""
+        while data := await self._process.stderr.read(4096):
+            tail = (tail + data)[-_STDERR_KEPT:]
+        words = tail.decode(errors="replace").strip()
+        if words:
+            logger.warning("update worker: %s", words)
+        return words.splitlines()[-1] if words else ""
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+
+@contextlib.asynccontextmanager
+async def this_process(setup: Setup) -> AsyncIterator[Hands]:
+    """A worker in a thread of this process: for tests and simulations; it cannot be killed."""
+    from edge_agent.update.worker import Worker  # in child mode this process never imports it
+
+    yield _InThread(Worker(setup))
+
+
+class _InThread:
+    def __init__(self, worker: object) -> None:
+        from edge_agent.update.worker import Worker
+
+        assert isinstance(worker, Worker)
+        self._worker = worker
+        self._aborted = False
+
+    async def ask(self, command: Command) -> Reply:
+        reply = await asyncio.to_thread(self._worker.handle, command, lambda _: None)
+        if self._aborted:
+            raise Aborted("the update was given up for an operator's command")
+        if isinstance(reply, Failed):
+            raise reply.error()
+        return reply
+
+    def abort(self) -> None:
+        self._aborted = True

@@ -1,0 +1,217 @@
+"""Trust: what the release repository says, believed only where the signatures say so (TUF, through ``tuf``).
+
+Invariants:
+
+- the anchor is the root given in the configuration, every time; what lies in the cache is only ever believed
+  through it;
+- trusted metadata is durable before anything is done because of it, so a power cut does not re-open the door
+  to a roll-back of the metadata;
+- a release is believed if the offline *targets* role names its manifest *and* the online *rollout* role
+  assigns that very digest; neither key can do it alone.
+
+``tuf`` writes its cache without fsync and leaves a gap while it replaces ``root.json``
+(https://github.com/theupdateframework/python-tuf/pull/3010). It therefore works on a copy in a scratch
+folder, and what it has verified is written back through the store's durable layer.
+
+Imported in the worker process only: ``tuf`` and ``cryptography`` cost the serving process 14 MB and more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from tuf.api import exceptions as tuf_errors
+from tuf.api.metadata import Metadata, TargetFile
+from tuf.ngclient import FetcherInterface, Updater
+
+from edge_agent.contract import assignments, manifest
+from edge_agent.contract.assignments import Assignments, Release
+from edge_agent.contract.errors import BadAssignments
+from edge_agent.contract.repository import ASSIGNMENTS_TARGET, METADATA, TARGETS, manifest_target
+from edge_agent.errors import UpdateRejected
+from edge_agent.store.fs import Disk, explained
+from edge_agent.update.source import Source, SourceFailed
+
+_LARGEST: Final = 5_000_000  # bytes; the largest of tuf's own limits, which it applies per file
+_HISTORY: Final = "root_history"
+# The files that bound what can be trusted; what came last in time comes last here.
+_ROLES: Final = ("targets", "rollout", "snapshot", "timestamp")
+
+
+class TrustedRepository:
+    """One look at a release repository: ``refresh`` first, then ask. Not for use twice."""
+
+    def __init__(
+        self,
+        source: Source,
+        root: bytes,
+        trusted: Path,
+        scratch: Path,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the trusted metadata into ``scratch`` and start from ``root``.
+
+        ``progress`` is called for every file that came.
+
+        Raises:
+            UpdateRejected: ``root`` is no TUF root metadata (``bad_root``).
+            StoreError: the scratch folder cannot be written.
+        """
+        self._trusted = trusted
+        self._cache = scratch / "tuf"
+        self._targets = scratch / "targets"
+        with explained("copy", trusted):
+            shutil.copytree(trusted, self._cache, symlinks=True)
+            self._targets.mkdir()
+        try:
+            self._updater = Updater(
+                str(self._cache),
+                METADATA,
+                str(self._targets),
+                TARGETS,
+                _Fetcher(source, progress),
+                bootstrap=root,
+            )
+        except tuf_errors.RepositoryError as error:
+            raise UpdateRejected(
+                f"updates.root is no usable TUF root metadata: {error}", reason="bad_root"
+            ) from error
+
+    def refresh(self) -> None:
+        """Bring the trusted metadata up to date and make it durable.
+
+        Raises:
+            UpdateRejected: a signature, a version, a hash or an expiry is wrong; ``reason`` says which.
+            SourceFailed: the repository cannot be read.
+            StoreError: the disk refused.
+        """
+        try:
+            with _explained("release metadata"):
+                self._updater.refresh()
+                self._updater.get_targetinfo(ASSIGNMENTS_TARGET)  # loads the delegated role
+        finally:
+            self._keep()
+
+    def assignments(self) -> Assignments:
+        """The signed document.
+
+        Raises:
+            UpdateRejected: there is none, or it is not what was signed, or it cannot be read.
+            SourceFailed: it cannot be read from the source.
+        """
+        data = self._target(ASSIGNMENTS_TARGET, assignments.MAX_BYTES)
+        try:
+            return assignments.parse(data)
+        except BadAssignments as error:
+            raise UpdateRejected(str(error), reason="bad_assignments") from error
+
+    def manifest(self, model: str, release: Release) -> bytes:
+        """The signed manifest of a release.
+
+        Raises:
+            UpdateRejected: the offline key knows no such release (``unknown_release``), or one with another
+                digest (``digest_mismatch``).
+            SourceFailed: it cannot be read from the source.
+        """
+        path = manifest_target(model, release.version)
+        return self._target(path, manifest.MAX_BYTES, expected=release)
+
+    def expires(self) -> float:
+        """When the first of the trusted metadata expires, in seconds since the epoch; 0 if there is none."""
+        found = []
+        roots = sorted((self._cache / _HISTORY).glob("*.root.json"), key=_version)
+        for path in (*roots[-1:], *(self._cache / f"{role}.json" for role in _ROLES)):
+            # What lies in the cache now was verified a moment ago.
+            with contextlib.suppress(OSError, tuf_errors.RepositoryError, ValueError):
+                found.append(Metadata.from_bytes(path.read_bytes()).signed.expires.timestamp())
+        return min(found, default=0.0)
+
+    def _target(self, path: str, limit: int, expected: Release | None = None) -> bytes:
+        with _explained(path):
+            info = self._updater.get_targetinfo(path)
+            if info is None:
+                raise UpdateRejected(f"{path} is not in the signed metadata", reason="unknown_release")
+            self._check(path, info, limit, expected)
+            file = Path(self._updater.download_target(info))
+        with explained("read", file):
+            return file.read_bytes()
+
+    @staticmethod
+    def _check(path: str, info: TargetFile, limit: int, expected: Release | None) -> None:
+        if expected is not None and info.hashes.get("sha256") != expected.digest.hex:
+            raise UpdateRejected(
+                f"{path}: the signed release has digest {info.hashes.get('sha256', 'unknown')[:12]}, "
+                f"the assignments name {expected.digest.short}",
+                reason="digest_mismatch",
+            )
+        if info.length > limit:
+            raise UpdateRejected(f"{path}: {info.length} bytes, at most {limit} allowed", reason="too_large")
+
+    def _keep(self) -> None:
+        """Make durable what was verified, oldest root first, the timestamp last."""
+        disk = Disk()
+        disk.make_durable_dir(self._trusted / _HISTORY)
+        roots = sorted((self._cache / _HISTORY).glob("*.root.json"), key=_version)
+        for path in (*roots, *(self._cache / f"{role}.json" for role in _ROLES)):
+            kept = self._trusted / path.relative_to(self._cache)
+            if path.exists():
+                data = path.read_bytes()
+                if not kept.exists() or kept.read_bytes() != data:
+                    disk.write_durable(kept, data)
+
+
+def _version(root: Path) -> int:
+    return int(root.name.split(".")[0])
+
+
+class _Fetcher(FetcherInterface):
+    """tuf's way to a source."""
+
+    def __init__(self, source: Source, progress: Callable[[], None]) -> None:
+        self._source = source
+        self._progress = progress
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        self._progress()
+        try:
+            return iter((self._source.read(url, _LARGEST),))
+        except SourceFailed as error:
+            if error.reason == "not_found":
+                raise tuf_errors.DownloadHTTPError(str(error), 404) from error
+            raise tuf_errors.DownloadError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn tuf's errors into ours: who must act, and one word for it."""
+    try:
+        yield
+    except tuf_errors.ExpiredMetadataError as error:
+        raise UpdateRejected(
+            f"{what}: {error}; what is installed keeps serving, re-sign the repository "
+            "(edge-fleet refresh) or set this device's clock",
+            reason="expired",
+        ) from error
+    except tuf_errors.BadVersionNumberError as error:
+        raise UpdateRejected(
+            f"{what}: older than what this device has seen: {error}", reason="rolled_back_metadata"
+        ) from error
+    except tuf_errors.UnsignedMetadataError as error:
+        raise UpdateRejected(f"{what}: wrong signature: {error}", reason="signature") from error
+    except tuf_errors.LengthOrHashMismatchError as error:
+        raise UpdateRejected(f"{what}: not what was signed: {error}", reason="mismatch") from error
+    except tuf_errors.RepositoryError as error:
+        raise UpdateRejected(f"{what}: {error}", reason="bad_metadata") from error
+    except tuf_errors.DownloadLengthMismatchError as error:
+        raise UpdateRejected(f"{what}: {error}", reason="too_large") from error
+    except tuf_errors.DownloadHTTPError as error:
+        raise SourceFailed(f"{what}: {error}", reason="not_found") from error
+    except tuf_errors.DownloadError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, SourceFailed) else None
+        raise SourceFailed(f"{what}: {error}", reason=cause.reason if cause else "unreachable") from error
+    except OSError as error:
+        raise SourceFailed(f"{what}: {error}", reason="scratch") from error

@@ -1,0 +1,1091 @@
+"""The updater: follows a release repository, and takes a release live only after it proved itself here.
+
+Invariants:
+
+- the state is on disk before the step it announces, so a power cut in any step resumes (``machine.RESUME``);
+- until ``activating`` the release that answers is not touched; after it, the one before stays on disk until
+  the next update, and answers again by itself if the new one fails on probation;
+- a release that failed here by being run stays rejected, across restarts, until an operator installs it by
+  hand;
+- nothing that goes wrong in here reaches serving: errors are results, with a reason, counted and logged;
+- nothing here blocks the event loop: hashing, fsync and the network run in threads or in the worker process.
+
+``run_once`` is the story: watch, look, check, and for each model decide (``policy.py``) and update.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import platform
+import random
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from edge_agent import __version__
+from edge_agent.config import EngineConfig, UpdatesConfig
+from edge_agent.contract import manifest as manifests
+from edge_agent.contract.assignments import Release, Share
+from edge_agent.contract.bundle import Bundle, open_bundle, unpack
+from edge_agent.contract.digest import Digest
+from edge_agent.contract.errors import BadBundle, ContractError
+from edge_agent.contract.manifest import Manifest
+from edge_agent.contract.version import Version
+from edge_agent.errors import (
+    BadRules,
+    EdgeError,
+    EngineError,
+    InvalidInput,
+    SourceError,
+    StoreError,
+    UnknownModel,
+    UpdateRejected,
+)
+from edge_agent.store.fs import explained
+from edge_agent.store.state import Finished, Rejected, UpdateRecord
+from edge_agent.store.store import Store
+from edge_agent.telemetry.metrics import AgentMetrics
+from edge_agent.update.child import Aborted, Hands, TimedOut, child_process, this_process
+from edge_agent.update.machine import BUSY, RESTING, RESUME, Event, Result, State, advance
+from edge_agent.update.messages import Check, Checked, Fetch, ReadManifest, SelfTest, Setup, Test
+from edge_agent.update.policy import Observed, Verdict, check_fit, check_floor, decide, judge
+from edge_agent.update.source import Seen, Source, SourceFailed, open_source
+
+logger = logging.getLogger(__name__)
+
+_WATCH_SECONDS: Final = 1.0  # between two looks at a release on probation
+_LONGEST_BACKOFF: Final = 900.0  # seconds between two tries of something that keeps failing
+_GRACE_SECONDS: Final = 5.0
+_RELOAD_SECONDS: Final = 60.0  # between two tries to load again what is intact and does not run
+_SPARE_BYTES: Final = 16 << 20  # left free on the disk beside what an update needs: records, metrics queue
+
+# Seen by running it here, and the same tomorrow. What its manifest already says is looked at anew each time,
+# because the agent, its configuration or the floor may have changed.
+_PERMANENT: Final = frozenset({"selftest", "too_slow", "no_golden", "engine", "rules"})
+
+
+class ServedRows(Protocol):
+    """What a release has answered since it was swapped in."""
+
+    @property
+    def rows(self) -> int:
+        """Rows answered."""
+        ...
+
+    @property
+    def fallback_rows(self) -> int:
+        """Of those, the ones the rules answered through a fault of the model."""
+        ...
+
+
+class ServingStatus(Protocol):
+    """What one model is doing."""
+
+    @property
+    def name(self) -> str:
+        """The model."""
+        ...
+
+    @property
+    def digest(self) -> str | None:
+        """The release that is served."""
+        ...
+
+    @property
+    def state(self) -> str:
+        """One of ``metric_names.MODEL_STATES``."""
+        ...
+
+
+class Serving(Protocol):
+    """What the updater needs of the inference service."""
+
+    async def prepare(self, bundle: Bundle) -> Any:
+        """Load and warm a release beside the one that answers."""
+        ...
+
+    def swap(self, prepared: Any) -> None:
+        """Let it answer."""
+        ...
+
+    def served(self, name: str) -> ServedRows:
+        """What it has answered since."""
+        ...
+
+    def set_killed(self, name: str, killed: bool) -> None:
+        """The kill switch. May come before the model is known."""
+        ...
+
+    def statuses(self) -> Sequence[ServingStatus]:
+        """Every model."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateOutcome:
+    """What one run, install or roll-back came to.
+
+    Attributes:
+        model: the model; None where it concerns the repository as a whole.
+        result: how it ended; None while it goes on (probation, held) or where there was nothing to look at.
+        state: where the model's update machine stands.
+        reason: one word.
+        message: one sentence.
+        version: the release concerned.
+        digest: its identity.
+        models: after ``run_once``, the outcome of every model; the fields above are the weightiest of them.
+    """
+
+    state: State
+    model: str | None = None
+    result: Result | None = None
+    reason: str = ""
+    message: str = ""
+    version: str | None = None
+    digest: str | None = None
+    models: tuple[UpdateOutcome, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for ``--json``."""
+        return {
+            "model": self.model,
+            "result": self.result.value if self.result else self.state.value,
+            "state": self.state.value,
+            "reason": self.reason,
+            "message": self.message,
+            "version": self.version,
+            "digest": self.digest,
+        }
+
+
+# Weightiest last: what run_once reports for a device with several models.
+_WEIGHT: Final = (
+    Result.NO_ARTIFACT, Result.ALREADY_INSTALLED, None, Result.SUCCEEDED, Result.ABORTED, Result.TIMED_OUT,
+    Result.REJECTED, Result.FAILED_NO_STATE_CHANGE, Result.FAILED_ROLLBACK_COMPLETE,
+    Result.FAILED_UNABLE_TO_ROLLBACK,
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """What is known of one model in this process, beside its record."""
+
+    record: UpdateRecord
+    saved: UpdateRecord
+    active_since: float = 0.0  # monotonic: when the release on probation went live, or this process began
+    proven: tuple[Any, ...] | None = None  # the fingerprint of the release that was last hashed and right
+    damaged: bool = False
+    reloaded: float = float("-inf")  # monotonic: last try to load again
+    self_test: SelfTest | None = None
+    counted: tuple[Any, ...] = ()  # the last result that was counted: once per change, not per poll
+
+
+@dataclass(slots=True)
+class _Backoff:
+    """When to try again what failed. Doubles, with jitter, up to a limit."""
+
+    interval: float
+    rng: random.Random
+    failures: int = 0
+    not_before: float = float("-inf")  # monotonic
+
+    def failed(self, now: float) -> None:
+        self.failures += 1
+        wait = min(self.interval * 2 ** min(self.failures, 10), max(_LONGEST_BACKOFF, self.interval))
+        self.not_before = now + wait * self.rng.uniform(0.5, 1.0)
+
+    def succeeded(self) -> None:
+        self.failures, self.not_before = 0, float("-inf")
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of the repository in this process."""
+
+    seen: Seen | None = None
+    checked: bool = False  # the repository as `seen` was checked and nothing is left to do about it
+    expires: float = 0.0  # seconds since the epoch
+    serial: int = 0
+    last_check: float = 0.0
+    trouble: UpdateOutcome | None = None  # what keeps it from being followed
+    outcome: UpdateOutcome = field(default_factory=lambda: UpdateOutcome(state=State.IDLE))
+
+
+class Updater:
+    """The updates of one agent. All methods run on one event loop.
+
+    Args:
+        config: where releases come from; an empty ``source`` means nowhere, and local installs still work.
+        device: this device's name, as the assignments know it.
+        store: the store, open for writing.
+        serving: who answers; None where no agent runs (``edge-agent install`` on a stopped agent): then
+            nothing is swapped, and the release is on probation from the agent's next start.
+        metrics: where states and results are counted.
+        engine: how the self-test runs the model.
+        now: the wall clock, seconds since the epoch.
+        monotonic: a clock that never goes back, seconds.
+        rng: for jitter.
+    """
+
+    def __init__(
+        self,
+        config: UpdatesConfig,
+        device: str,
+        store: Store,
+        serving: Serving | None,
+        metrics: AgentMetrics | None,
+        *,
+        engine: EngineConfig | None = None,
+        now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._store = store
+        self._serving = serving
+        self._metrics = metrics
+        self._engine = engine or EngineConfig()
+        self._now = now
+        self._monotonic = monotonic
+        self._rng = rng or random.Random()
+        self._turn = asyncio.Lock()  # one thing at a time: run, install or roll-back
+        self._hands: Hands | None = None  # the worker at work, for an operator to interrupt
+        self._source: Source | None = None
+        self._models: dict[str, _Tracked] = {}
+        self._known = _Known()
+        self._retry = _Backoff(config.interval_seconds, self._rng)
+
+    # The story
+
+    async def run(self) -> None:
+        """Follow the repository and watch releases on probation, until cancelled. Never raises by itself."""
+        spread = self._config.interval_seconds * self._config.jitter
+        poll_at = self._monotonic() + self._rng.uniform(0.0, spread)  # a site does not ask all at once
+        while True:
+            due = self._monotonic() >= poll_at
+            try:
+                if due:
+                    await self.run_once()
+                else:
+                    async with self._turn:
+                        await self._watch()
+            except Exception:
+                logger.exception("the updater failed unexpectedly; it goes on")
+                self._retry.failed(self._monotonic())
+            if due:
+                wait = self._config.interval_seconds + self._rng.uniform(-spread, spread)
+                poll_at = self._monotonic() + wait
+            await asyncio.sleep(min(_WATCH_SECONDS, max(poll_at - self._monotonic(), 0.01)))
+
+    async def run_once(self) -> UpdateOutcome:
+        """One round: judge what is on probation, look at the repository, and bring about what it says.
+
+        Never raises for what a repository, a release or the disk does; the outcome says it.
+        """
+        async with self._turn:
+            await self._watch()
+            if await self._is_due():
+                await self._check()
+            return self._known.trouble or self._known.outcome
+
+    async def _is_due(self) -> bool:
+        """Whether the worker must be started: something changed, broke, or is to be tried again."""
+        if await self._is_any_damaged():
+            self._known.checked = False
+        if not self._config.source:
+            return False
+        try:
+            if self._source is None:
+                self._source = open_source(self._config.source, self._config.timeout_seconds)
+            seen = await asyncio.to_thread(self._source.look, self._known.seen)
+        except EdgeError as error:
+            self._no_repository(Result.FAILED_NO_STATE_CHANGE, getattr(error, "reason", "config"), str(error))
+            return False
+        changed = self._known.seen is None or seen.digest != self._known.seen.digest
+        self._known.seen = seen
+        self._reached()
+        if changed:
+            self._known.checked = False
+            self._retry.succeeded()
+        if self._known.expires and self._now() >= self._known.expires and self._known.checked:
+            self._no_repository(Result.REJECTED, "expired", "the release metadata has expired")
+        return not self._known.checked and self._monotonic() >= self._retry.not_before
+
+    async def _check(self) -> None:
+        """Let the worker read the repository, then follow it for every model."""
+        try:
+            async with self._staging() as scratch, self._worker(scratch) as hands:
+                checked = await hands.ask(Check())
+                assert isinstance(checked, Checked)
+                self._trusted(checked)
+                outcomes = []
+                for model, share in sorted(checked.shares.items()):
+                    await self._track(model)
+                    async with self._attempt(model, share.release if share else None) as attempt:
+                        outcomes.append(await self._follow(model, share, hands, scratch))
+                    if attempt.error is not None:
+                        outcomes.append(await self._end_of(attempt))
+        except (EdgeError, OSError) as error:
+            self._retry.failed(self._monotonic())
+            self._no_repository(*_result_of(error), str(error))
+            return
+        if any(outcome.result in _TRY_AGAIN for outcome in outcomes):
+            self._retry.failed(self._monotonic())
+        else:
+            self._known.checked = True
+            self._retry.succeeded()
+        if outcomes:
+            weightiest = max(outcomes, key=lambda outcome: _WEIGHT.index(outcome.result))
+            self._known.outcome = dataclasses.replace(weightiest, models=tuple(outcomes))
+        else:
+            self._known.outcome = UpdateOutcome(
+                state=State.IDLE, result=Result.NO_ARTIFACT, reason="no_artifact",
+                message="the assignments name no model",
+            )  # fmt: skip
+
+    async def _follow(self, model: str, share: Share | None, hands: Hands, scratch: Path) -> UpdateOutcome:
+        """Bring one model to what the assignments say."""
+        tracked = self._models[model]
+        await self._heed(model, share)
+        wanted = share.release if share else None
+        if tracked.record.state is State.PROBATION:
+            candidate = tracked.record.candidate
+            if wanted is None or (candidate and wanted.digest == candidate.digest) or (share and share.held):
+                return self._outcome(model, None, "probation", "on probation", candidate)
+            await self._abandon(model, f"{wanted.version} is wanted instead")
+        if tracked.record.state is State.ROLLING_BACK:
+            return self._outcome(model, None, "rolling_back", "rolling back", tracked.record.candidate)
+
+        self._move(model, Event.POLL)
+        current = self._store.pointer(model)
+        decision = decide(share, current, await self._is_intact(model), tracked.record)
+        if decision.event is not Event.NEW_RELEASE or share is None or wanted is None:
+            self._move(model, decision.event)
+            await self._save(model, tolerant=True)
+            if decision.result is not None:
+                self._count(model, decision.result, decision.reason, wanted)
+            return self._outcome(model, decision.result, decision.reason, decision.message, wanted)
+        return await self._update(model, share, wanted, hands, scratch)
+
+    async def _update(
+        self, model: str, share: Share, release: Release, hands: Hands, scratch: Path
+    ) -> UpdateOutcome:
+        """Download, verify, stage, test and take live."""
+        staged = scratch / release.digest.hex
+        async with self._attempt(model, release) as attempt:
+            logger.info("model %s: %s (%s) is assigned", model, release.version, release.digest.short)
+            await self._begin(model, Event.NEW_RELEASE, release, share.rollout)
+            await asyncio.to_thread(_make_folder, staged)
+            await hands.ask(ReadManifest(model, release, str(staged)))
+            manifest = (await asyncio.to_thread(open_bundle, staged)).manifest
+            self._refuse_unfit(model, manifest, share.minimum_version)
+            lacking = await asyncio.to_thread(self._store.lacks, manifest)
+            needed = sum(member.size for member in lacking.values())
+            await asyncio.to_thread(self._refuse_without_space, manifest, needed)
+            await hands.ask(Fetch(str(staged), tuple(sorted(lacking))))
+
+            await self._step(model, Event.FETCHED)
+            bundle = await asyncio.to_thread(self._store.admit, staged)
+            await self._step(model, Event.VERIFIED)
+            await self._take_live(model, bundle, hands)
+        return await self._end_of(attempt)
+
+    async def _take_live(self, model: str, bundle: Bundle, hands: Hands) -> None:
+        """Test an admitted release, warm it, switch to it; from here on it is on probation."""
+        tracked = self._models[model]
+        await self._step(model, Event.TEST)
+        report = await hands.ask(Test(str(bundle.path)))
+        assert isinstance(report, SelfTest)
+        tracked.self_test = report
+        if not report.passed:
+            raise UpdateRejected(report.message, reason=report.reason)
+        prepared = await self._serving.prepare(bundle) if self._serving else None
+
+        before = self._store.pointer(model)
+        previous = before if before != bundle.digest else tracked.record.previous
+        await self._step(model, Event.PASSED, previous=previous, starts=1 if self._serving else 0)
+        await asyncio.to_thread(self._store.activate, bundle)
+        if self._serving:
+            self._serving.swap(prepared)
+        tracked.active_since = self._monotonic()
+        tracked.proven = await asyncio.to_thread(_fingerprint, bundle)
+        self._move(model, Event.ACTIVATED)
+        await self._save(model, tolerant=True)  # `activating` on disk resumes to the same
+
+    # Probation
+
+    async def _watch(self) -> None:
+        """Judge what is on probation, and finish roll-backs that the disk refused."""
+        if self._serving is None:
+            return
+        for model, tracked in list(self._models.items()):
+            record = tracked.record
+            if record.state is State.ROLLING_BACK:
+                self._known.outcome = await self._go_back(model)
+            elif record.state is State.PROBATION and record.candidate and not record.killed:
+                seen = self._observe(model, record.candidate)
+                verdict, reason, message = judge(self._config.probation, seen)
+                if verdict is Verdict.HEALTHY:
+                    text = f"{record.candidate.version} proved itself: {message}"
+                    outcome = await self._finish(model, Event.HEALTHY, Result.SUCCEEDED, reason, text)
+                    self._known.outcome = outcome
+                elif verdict is Verdict.UNHEALTHY:
+                    self._known.outcome = await self._take_back(model, Event.UNHEALTHY, reason, message)
+
+    def _observe(self, model: str, candidate: Release) -> Observed:
+        assert self._serving is not None
+        status = self._serving_status(model)
+        served = self._serving.served(model) if status else None
+        return Observed(
+            seconds=self._monotonic() - self._models[model].active_since,
+            rows=served.rows if served else 0,
+            fallback_rows=served.fallback_rows if served else 0,
+            state=status.state if status else "absent",
+            right=status is not None and status.digest == candidate.digest,
+        )
+
+    async def _take_back(self, model: str, event: Event, reason: str, message: str) -> UpdateOutcome:
+        """Refuse the release that answers from now on, and go back to the one before."""
+        tracked = self._models[model]
+        release = tracked.record.candidate
+        if release is not None:
+            logger.warning("model %s: %s is taken back: %s", model, release.version, message)
+            entry = Rejected(release.digest, release.version, reason, message, self._now())
+            tracked.record = tracked.record.rejecting(entry)
+        self._move(model, event)
+        await self._save(model, tolerant=True)  # a disk that refuses does not keep a bad model in service
+        return await self._go_back(model)
+
+    async def _go_back(self, model: str) -> UpdateOutcome:
+        """Carry out ``rolling_back``: idempotent, repeated until the disk lets it happen."""
+        record = self._models[model].record
+        release = record.candidate
+        rejection = record.rejection(release.digest) if release else None
+        reason, message = (rejection.reason, rejection.message) if rejection else ("aborted", "superseded")
+        result = _RESULT_OF_TAKING_BACK.get(reason, Result.FAILED_ROLLBACK_COMPLETE)
+        already = release is not None and self._store.pointer(model) != release.digest
+        try:
+            if not already:
+                previous = await asyncio.to_thread(self._store.intact_previous, model)
+                check_floor(previous.manifest.version, record.minimum_version)
+                await self._swap_to(previous)
+                await asyncio.to_thread(self._store.roll_back, model)
+            else:
+                await self._swap_to(await asyncio.to_thread(self._store.current, model))
+        except (EdgeError, ContractError) as error:
+            why = getattr(error, "reason", "corrupt_previous")
+            text = f"{message}; and there is no way back: {error}"
+            if isinstance(error, StoreError) and why not in ("no_previous", "corrupt_previous"):
+                # The old release answers already; its pointer is tried again with the next look.
+                self._count(model, Result.FAILED_UNABLE_TO_ROLLBACK, why, release)
+                return self._outcome(model, Result.FAILED_UNABLE_TO_ROLLBACK, why, text, release)
+            return await self._finish(model, Event.FAIL, Result.FAILED_UNABLE_TO_ROLLBACK, why, text)
+        return await self._finish(model, Event.ROLLED_BACK, result, reason, message)
+
+    async def _swap_to(self, bundle: Bundle | None) -> None:
+        if bundle is None or self._serving is None:
+            return
+        status = self._serving_status(bundle.name)
+        if status is None or (status.state == "ready" and status.digest == bundle.digest):
+            return
+        self._serving.swap(await self._serving.prepare(bundle))
+
+    async def _abandon(self, model: str, why: str) -> None:
+        """Another release is wanted while one is on probation: first go back to one that proved itself."""
+        tracked = self._models[model]
+        has_previous = (await asyncio.to_thread(self._previous_digest, model)) is not None
+        logger.info("model %s: probation is given up: %s", model, why)
+        if not has_previous:
+            await self._finish(model, Event.SUPERSEDED, Result.ABORTED, "superseded", why)
+            return
+        self._move(model, Event.ROLL_BACK)
+        await self._save(model, tolerant=True)
+        await self._go_back(model)
+        if tracked.record.state is State.ROLLING_BACK:
+            raise StoreError(f"model {model}: the roll-back is not finished", reason="rolling_back")
+
+    # What an operator does
+
+    async def install(self, path: Path) -> UpdateOutcome:
+        """Install a local bundle, a folder or a ``.tar``: the same verification, self-test and probation.
+
+        The operator vouches for it instead of the repository's signatures; the signed floor still holds.
+        Where the device follows a repository that names another release of the model, the next check goes
+        back to that one.
+        """
+        self._interrupt()
+        async with self._turn:
+            await self._watch()
+            release: Release | None = None
+            model = None
+            try:
+                async with self._staging() as scratch, self._worker(scratch) as hands:
+                    staged = scratch / "bundle"
+                    limit = self._config.max_bundle_bytes
+                    bundle = await asyncio.to_thread(_stage_local, path, staged, limit)
+                    model, release = bundle.name, Release(bundle.manifest.version, bundle.digest)
+                    await self._track(model)
+                    outcome = await self._install(model, release, bundle, hands)
+            except (EdgeError, ContractError, OSError) as error:
+                result, reason = _result_of(error)
+                return UpdateOutcome(
+                    state=self._models[model].record.state if model in self._models else State.IDLE,
+                    model=model, result=result, reason=reason, message=str(error),
+                    version=release.version if release else None, digest=release.digest if release else None,
+                )  # fmt: skip
+            self._known.checked = False  # the repository may want something else
+            return outcome
+
+    async def _install(self, model: str, release: Release, staged: Bundle, hands: Hands) -> UpdateOutcome:
+        tracked = self._models[model]
+        if self._store.pointer(model) == release.digest and await self._is_intact(model):
+            message = f"{model} {release.version} is installed"
+            return self._outcome(model, Result.ALREADY_INSTALLED, "already_installed", message, release)
+        if tracked.record.state is State.PROBATION:
+            await self._abandon(model, "an operator installs another release")
+        async with self._attempt(model, release) as attempt:
+            tracked.record = tracked.record.forgiving(release.digest)
+            await self._begin(model, Event.INSTALL, release, rollout="")
+            self._refuse_unfit(model, staged.manifest, tracked.record.minimum_version)
+            bundle = await asyncio.to_thread(self._store.admit, staged.path)
+            await self._step(model, Event.VERIFIED)
+            await self._take_live(model, bundle, hands)
+        outcome = await self._end_of(attempt)
+        if outcome.result is None:  # on probation: to the operator it is done
+            message = f"{model} {release.version} is live, on probation"
+            return self._outcome(model, Result.SUCCEEDED, "installed", message, release)
+        return outcome
+
+    async def roll_back(self, model: str | None) -> UpdateOutcome:
+        """Go back to the previous release, at once and offline. The one left stays rejected.
+
+        Raises:
+            InvalidInput: no model was named and there are several, or none.
+            UnknownModel: the store holds no such model.
+        """
+        name = self._named(model)
+        self._interrupt()
+        async with self._turn:
+            tracked = await self._track(name)
+            current = self._store.pointer(name)
+            release = await asyncio.to_thread(self._release_of, name, tracked.record, current)
+            if tracked.record.state in RESTING or tracked.record.state is State.PROBATION:
+                try:
+                    await asyncio.to_thread(self._refuse_way_back, name, tracked.record)
+                except (StoreError, UpdateRejected) as error:
+                    return self._outcome(name, *_result_of(error), str(error), release)
+            if tracked.record.state is not State.ROLLING_BACK:
+                tracked.record = msgspec.structs.replace(tracked.record, candidate=release)
+                await self._take_back(name, Event.ROLL_BACK, "operator", "rolled back by an operator")
+            else:
+                await self._go_back(name)
+            last = tracked.record.last
+            back = await asyncio.to_thread(self._store.current, name)
+            if last is None or back is None or tracked.record.state is State.ROLLING_BACK:
+                return self._outcome(
+                    name, Result.FAILED_UNABLE_TO_ROLLBACK, "store", "the disk refused; tried again", release
+                )
+            version = back.manifest.version
+            message = f"{name} is back at {version}" if last.result is Result.SUCCEEDED else last.message
+            return self._outcome(name, last.result, last.reason, message, Release(version, back.digest))
+
+    def status(self) -> dict[str, Any]:
+        """Where every update stands, for ``edge-agent status``."""
+        known = self._known
+        return {
+            "source": self._config.source,
+            "last_check": known.last_check or None,
+            "metadata_expires": known.expires or None,
+            "serial": known.serial or None,
+            "trouble": {"reason": known.trouble.reason, "message": known.trouble.message}
+            if known.trouble
+            else None,
+            "models": {model: _describe(tracked) for model, tracked in sorted(self._models.items())},
+        }
+
+    # After a restart
+
+    async def recover(self) -> None:
+        """Before serving starts: finish or undo what a power cut interrupted. Never raises."""
+        for model in await asyncio.to_thread(self._store.models):
+            try:
+                await self._resume(model)
+            except Exception:
+                logger.exception("model %s: its update is not resumed; what is current is served", model)
+
+    async def _resume(self, model: str) -> None:
+        tracked = await self._track(model)
+        tracked.active_since = self._monotonic()
+        if tracked.record.killed and self._serving:
+            self._serving.set_killed(model, killed=True)
+        was, release = tracked.record.state, tracked.record.candidate
+        state = RESUME[was]
+        if was in BUSY:
+            # A power cut while downloading says nothing about the model; one while it is run may.
+            interrupted = tracked.record.interrupted + (was in _RUNS_THE_MODEL)
+            logger.warning("model %s: the agent ended while %s; on with %s", model, was.value, state.value)
+            tracked.record = msgspec.structs.replace(tracked.record, state=state, interrupted=interrupted)
+            await self._save(model, tolerant=True)
+            if interrupted > self._config.probation.max_restarts and state is State.IDLE and release:
+                message = f"the agent ended {interrupted} times while installing it"
+                self._reject(model, release, "crash_loop", message)
+                self._record_end(model, Result.REJECTED, "crash_loop", message, release)
+                await self._save(model, tolerant=True)
+        if state is State.ACTIVATING and release is not None:
+            await self._resume_activating(model, release)
+        if tracked.record.state is State.PROBATION:
+            starts = tracked.record.starts + 1
+            tracked.record = msgspec.structs.replace(tracked.record, starts=starts)
+            await self._save(model, tolerant=True)
+            if starts > 1 + self._config.probation.max_restarts:
+                await self._take_back(
+                    model, Event.UNHEALTHY, "crash_loop", f"the agent ended {starts - 1} times on probation"
+                )
+        elif tracked.record.state is State.ROLLING_BACK:
+            await self._go_back(model)
+
+    async def _resume_activating(self, model: str, release: Release) -> None:
+        """The self-test had passed; whether the pointer moved is unknown, and moving it again is harmless."""
+        try:
+            bundle = await asyncio.to_thread(open_bundle, self._store.layout.release(release.digest))
+            await asyncio.to_thread(bundle.verify)
+            await asyncio.to_thread(self._store.activate, bundle)
+        except (StoreError, ContractError) as error:
+            logger.warning("model %s: %s is not activated: %s", model, release.version, error)
+            self._move(model, Event.FAIL)
+        else:
+            self._move(model, Event.ACTIVATED)
+        await self._save(model, tolerant=True)
+
+    # Parts of the story
+
+    @contextlib.asynccontextmanager
+    async def _attempt(self, model: str, release: Release | None) -> AsyncIterator[_Attempt]:
+        """Whatever goes wrong inside becomes a result; what was current answers as before."""
+        attempt = _Attempt(model, release)
+        try:
+            yield attempt
+        except (EdgeError, ContractError, OSError) as error:
+            attempt.error = error
+        except Exception as error:
+            logger.exception("model %s: the update failed unexpectedly", model)
+            attempt.error = error
+
+    async def _end_of(self, attempt: _Attempt) -> UpdateOutcome:
+        model, release, error = attempt.model, attempt.release, attempt.error
+        record = self._models[model].record
+        if error is None:
+            return self._outcome(model, None, "probation", "live, on probation", release)
+        result, reason = _result_of(error)
+        if release is not None and result is Result.REJECTED and reason in _PERMANENT:
+            self._reject(model, release, reason, str(error))
+        moved = release is not None and self._store.pointer(model) == release.digest
+        if record.state is State.ACTIVATING and moved:
+            return await self._take_back(model, Event.UNHEALTHY, reason, str(error))
+        if record.state in BUSY and record.state is not State.ROLLING_BACK:
+            return await self._finish(model, Event.FAIL, result, reason, str(error))
+        return self._outcome(model, result, reason, str(error), release)
+
+    async def _begin(self, model: str, event: Event, release: Release, rollout: str) -> None:
+        record = self._models[model].record
+        again = event is Event.NEW_RELEASE and record.candidate == release
+        await self._step(
+            model, event, candidate=release, rollout=rollout, started=self._now(),
+            interrupted=record.interrupted if again else 0,
+        )  # fmt: skip
+
+    async def _heed(self, model: str, share: Share | None) -> None:
+        """Kill switch and floor hold from now on, and while offline."""
+        if share is None:
+            return
+        tracked = self._models[model]
+        if self._serving:
+            self._serving.set_killed(model, share.killed)
+        if (tracked.record.killed, tracked.record.minimum_version) != (share.killed, share.minimum_version):
+            tracked.record = msgspec.structs.replace(
+                tracked.record, killed=share.killed, minimum_version=share.minimum_version
+            )
+            await self._save(model, tolerant=True)
+
+    def _refuse_unfit(self, model: str, manifest: Manifest, minimum: Version | None) -> None:
+        if manifest.name != model:
+            raise UpdateRejected(
+                f"the manifest is of model {manifest.name!r}, expected {model!r}", reason="wrong_model"
+            )
+        check_floor(manifest.version, minimum)
+        check_fit(manifest, platform.machine(), Version(__version__), self._config.max_bundle_bytes)
+
+    def _refuse_without_space(self, manifest: Manifest, needed: int) -> None:
+        free = self._store.free_bytes()
+        if needed + _SPARE_BYTES > free:
+            raise StoreError(
+                f"{manifest.name} {manifest.version} needs {needed} bytes and {_SPARE_BYTES} to spare, "
+                f"{free} are free in {self._store.layout.root}; free some space",
+                reason="disk_full",
+            )
+
+    async def _is_any_damaged(self) -> bool:
+        """Whether the files of a current release changed on disk, or serving has lost its model."""
+        damaged = False
+        for model in await asyncio.to_thread(self._store.models):
+            await self._track(model)
+            if self._store.pointer(model) is None:
+                continue
+            known = self._models[model].damaged
+            if await self._is_intact(model):
+                await self._reload(model)
+            elif not known:
+                damaged = True  # once; where the repository cannot repair it, asking again would not help
+        return damaged
+
+    async def _is_intact(self, model: str) -> bool:
+        """Whether every byte of the current release is right; hashes only where a file has changed."""
+        tracked = self._models[model]
+
+        def look() -> tuple[Any, ...] | None:
+            try:
+                bundle = self._store.current(model)
+                if bundle is None:
+                    return None
+                print_ = _fingerprint(bundle)
+                if print_ != tracked.proven:
+                    bundle.verify()
+            except (ContractError, OSError) as error:
+                if not tracked.damaged:
+                    logger.warning("model %s: the current release is damaged on disk: %s", model, error)
+                return None
+            return print_
+
+        tracked.proven = await asyncio.to_thread(look)
+        tracked.damaged = tracked.proven is None and self._store.pointer(model) is not None
+        return tracked.proven is not None
+
+    async def _reload(self, model: str) -> None:
+        """Load an intact release that serving does not run: what broke it in memory may have passed."""
+        tracked = self._models[model]
+        status = self._serving_status(model)
+        if status is None or tracked.record.state in (State.PROBATION, State.ROLLING_BACK):
+            return
+        right = status.state == "ready" and status.digest == self._store.pointer(model)
+        if right or status.state in ("loading", "unloaded"):
+            return
+        if self._monotonic() - tracked.reloaded < _RELOAD_SECONDS:
+            return
+        tracked.reloaded = self._monotonic()
+        try:
+            bundle = await asyncio.to_thread(self._store.current, model)
+            await self._swap_to(bundle)
+        except (EdgeError, ContractError) as error:
+            logger.warning("model %s: it is intact on disk and cannot be loaded: %s", model, error)
+        else:
+            logger.info("model %s: loaded again", model)
+
+    def _serving_status(self, model: str) -> ServingStatus | None:
+        """None before the agent has taken the model up: then the pointer alone decides what it will load."""
+        if self._serving is None:
+            return None
+        return next((status for status in self._serving.statuses() if status.name == model), None)
+
+    # The record
+
+    async def _track(self, model: str) -> _Tracked:
+        if model not in self._models:
+            record = await asyncio.to_thread(self._store.record, model)
+            self._models[model] = _Tracked(record, record, active_since=self._monotonic())
+            if self._metrics:
+                self._metrics.update_results(model, [result.value for result in Result])
+            self._show(model)
+        return self._models[model]
+
+    def _move(self, model: str, event: Event, **changes: Any) -> None:
+        tracked = self._models[model]
+        before = tracked.record.state
+        state = advance(before, event)
+        tracked.record = msgspec.structs.replace(tracked.record, state=state, **changes)
+        logger.debug("model %s: %s -> %s (%s)", model, before.value, state.value, event.value)
+        self._show(model)
+
+    async def _step(self, model: str, event: Event, **changes: Any) -> None:
+        """Announce the next step on disk; without that it does not happen.
+
+        Raises:
+            StoreError: the disk refused; the state is as it was.
+        """
+        tracked = self._models[model]
+        before = tracked.record
+        self._move(model, event, **changes)
+        try:
+            await self._save(model)
+        except StoreError:
+            tracked.record = before
+            self._show(model)
+            raise
+
+    async def _save(self, model: str, *, tolerant: bool = False) -> None:
+        tracked = self._models[model]
+        if tracked.record == tracked.saved:
+            return
+        try:
+            await asyncio.to_thread(self._store.save, model, tracked.record)
+        except StoreError as error:
+            if not tolerant:
+                raise
+            logger.error("model %s: the update state is not on disk: %s", model, error)
+        else:
+            tracked.saved = tracked.record
+
+    async def _finish(
+        self, model: str, event: Event, result: Result, reason: str, message: str
+    ) -> UpdateOutcome:
+        """The update is over: say so on disk, in the metrics and in the log, and clean up."""
+        release = self._models[model].record.candidate
+        self._move(model, event)
+        self._record_end(model, result, reason, message, release)
+        await self._save(model, tolerant=True)
+        with contextlib.suppress(StoreError):  # garbage that stays is only garbage
+            await asyncio.to_thread(self._store.collect_garbage)
+            if result is Result.SUCCEEDED:
+                await asyncio.to_thread(self._store.forget_partial)
+        return self._outcome(model, result, reason, message, release)
+
+    def _record_end(
+        self, model: str, result: Result, reason: str, message: str, release: Release | None
+    ) -> None:
+        tracked = self._models[model]
+        version, digest = (release.version, release.digest) if release else ("", "")
+        finished = Finished(result, reason, message, str(version), str(digest), self._now())
+        tracked.record = msgspec.structs.replace(tracked.record, last=finished)
+        self._count(model, result, reason, release)
+
+    def _reject(self, model: str, release: Release, reason: str, message: str) -> None:
+        tracked = self._models[model]
+        tracked.record = tracked.record.rejecting(
+            Rejected(release.digest, release.version, reason, message, self._now())
+        )
+
+    def _count(self, model: str, result: Result, reason: str, release: Release | None) -> None:
+        """Count and log a result once: a poll that finds the same again is no new update."""
+        tracked = self._models[model]
+        key = (result, reason, release)
+        same_release = len(tracked.counted) == 3 and tracked.counted[2] == release
+        quiet = result is Result.ALREADY_INSTALLED and same_release
+        if key == tracked.counted or quiet:
+            return
+        tracked.counted = key
+        level = logging.INFO if result in _GOOD else logging.WARNING
+        version = release.version if release else ""
+        logger.log(level, "model %s: update %s (%s) %s", model, result.value, reason, version)
+        if self._metrics:
+            self._metrics.update_result(model, result.value)
+
+    def _show(self, model: str) -> None:
+        if self._metrics:
+            self._metrics.update_state(
+                model, self._models[model].record.state.value, [state.value for state in State]
+            )
+
+    def _outcome(
+        self, model: str, result: Result | None, reason: str, message: str, release: Release | None
+    ) -> UpdateOutcome:
+        return UpdateOutcome(
+            model=model, result=result, state=self._models[model].record.state, reason=reason,
+            message=message, version=release.version if release else None,
+            digest=release.digest if release else None,
+        )  # fmt: skip
+
+    # The repository
+
+    def _reached(self) -> None:
+        self._known.last_check = self._now()
+        if self._known.trouble and self._known.trouble.result is Result.FAILED_NO_STATE_CHANGE:
+            logger.info("the release repository answers again")
+            self._known.trouble = None
+        if self._metrics:
+            self._metrics.update_check_time.set(self._now())
+
+    def _trusted(self, checked: Checked) -> None:
+        self._known.trouble = None
+        self._known.expires, self._known.serial = checked.expires, checked.serial
+        if self._metrics:
+            self._metrics.metadata_expiry.set(checked.expires)
+            self._metrics.assignments_serial.set(checked.serial)
+
+    def _no_repository(self, result: Result, reason: str, message: str) -> None:
+        """The repository cannot be followed: say so once; what is installed keeps serving."""
+        if self._known.trouble is None or self._known.trouble.reason != reason:
+            logger.warning("updates: %s (%s); what is installed keeps serving", message, reason)
+            if result is Result.REJECTED:
+                for model in self._models:
+                    self._count(model, result, reason, None)
+        self._known.trouble = UpdateOutcome(state=State.IDLE, result=result, reason=reason, message=message)
+
+    @contextlib.asynccontextmanager
+    async def _staging(self) -> AsyncIterator[Path]:
+        stack = contextlib.ExitStack()
+        folder = await asyncio.to_thread(stack.enter_context, self._store.staging())
+        try:
+            yield folder
+        finally:
+            await asyncio.to_thread(stack.close)
+
+    @contextlib.asynccontextmanager
+    async def _worker(self, scratch: Path) -> AsyncIterator[Hands]:
+        layout = self._store.layout
+        setup = Setup(
+            device=self._device, source=self._config.source, root=self._config.root,
+            models=self._config.models, tuf=str(layout.tuf), partial=str(layout.partial),
+            scratch=str(scratch), timeout=self._config.timeout_seconds, engine=self._engine,
+        )  # fmt: skip
+        worker = (
+            this_process(setup)
+            if self._config.in_process
+            # Its own waits end first, with a better message; this is for one that hangs.
+            else child_process(setup, silence_seconds=self._config.timeout_seconds + _GRACE_SECONDS)
+        )
+        async with worker as hands:
+            self._hands = hands
+            try:
+                yield hands
+            finally:
+                self._hands = None
+
+    def _interrupt(self) -> None:
+        """An operator's command does not wait for a download."""
+        if self._hands is not None:
+            self._hands.abort()
+
+    def _named(self, model: str | None) -> str:
+        known = self._store.models()
+        if model is None:
+            if len(known) != 1:
+                raise InvalidInput(f"name the model: the store holds {', '.join(known) or 'none'}")
+            return known[0]
+        if model not in known:
+            raise UnknownModel(f"no model {model[:80]!r} in the store, it holds {', '.join(known) or 'none'}")
+        return model
+
+    def _refuse_way_back(self, model: str, record: UpdateRecord) -> None:
+        """Refuse a manual roll-back that cannot succeed, before anything is said or done."""
+        previous = self._store.intact_previous(model)
+        check_floor(previous.manifest.version, record.minimum_version)
+
+    def _previous_digest(self, model: str) -> Digest | None:
+        previous = self._store.pointer(model, "previous")
+        return previous if previous != self._store.pointer(model) else None
+
+    def _release_of(self, model: str, record: UpdateRecord, current: Digest | None) -> Release | None:
+        """The release that answers: version and digest, also where its manifest is damaged."""
+        if record.candidate is not None and record.candidate.digest == current:
+            return record.candidate
+        with contextlib.suppress(ContractError):
+            bundle = self._store.current(model)
+            if bundle is not None:
+                return Release(bundle.manifest.version, bundle.digest)
+        return Release(Version("0.0.0"), current) if current else None
+
+
+@dataclass(slots=True)
+class _Attempt:
+    model: str
+    release: Release | None
+    error: Exception | None = None
+
+
+_RUNS_THE_MODEL: Final = (State.TESTING, State.SHADOWING, State.ACTIVATING)
+_GOOD: Final = frozenset({Result.SUCCEEDED, Result.ALREADY_INSTALLED, Result.NO_ARTIFACT})
+_TRY_AGAIN: Final = frozenset({Result.FAILED_NO_STATE_CHANGE, Result.TIMED_OUT, Result.ABORTED})
+_RESULT_OF_TAKING_BACK: Final = {"operator": Result.SUCCEEDED, "aborted": Result.ABORTED}
+
+
+def _result_of(error: Exception) -> tuple[Result, str]:
+    """The one table from what went wrong to result and reason."""
+    match error:
+        case UpdateRejected():
+            return Result.REJECTED, error.reason
+        case EngineError():
+            return Result.REJECTED, "engine"
+        case BadRules():
+            return Result.REJECTED, "rules"
+        case ContractError():
+            return Result.REJECTED, "bad_bundle"
+        case TimedOut():
+            return Result.TIMED_OUT, "timed_out"
+        case Aborted():
+            return Result.ABORTED, "operator"
+        case StoreError() | SourceFailed():
+            return Result.FAILED_NO_STATE_CHANGE, error.reason
+        case SourceError():
+            return Result.FAILED_NO_STATE_CHANGE, "unreachable"
+        case OSError():
+            return Result.FAILED_NO_STATE_CHANGE, "os"
+        case _:
+            return Result.FAILED_NO_STATE_CHANGE, "bug"
+
+
+def _describe(tracked: _Tracked) -> dict[str, Any]:
+    record = tracked.record
+    return {
+        "state": record.state.value,
+        "candidate": {"version": str(record.candidate.version), "digest": str(record.candidate.digest)}
+        if record.candidate
+        else None,
+        "rollout": record.rollout,
+        "killed": record.killed,
+        "minimum_version": str(record.minimum_version) if record.minimum_version else None,
+        "last_result": record.last_result,
+        "last_reason": record.last_reason,
+        "last_message": record.last.message if record.last else None,
+        "rejected": [
+            {"version": str(r.version), "digest": str(r.digest), "reason": r.reason, "message": r.message}
+            for r in record.rejected
+        ],
+        "self_test": tracked.self_test.as_dict() if tracked.self_test else None,
+    }
+
+
+def _fingerprint(bundle: Bundle) -> tuple[Any, ...]:
+    """What changes when a file is replaced, truncated or written to: cheap, and only a hint to hash again."""
+    return tuple(
+        (name, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        for name in (manifests.FILE_NAME, *sorted(bundle.manifest.members))
+        for stat in [(bundle.path / name).stat()]
+    )
+
+
+def _make_folder(path: Path) -> None:
+    with explained("create", path):
+        path.mkdir()
+
+
+def _stage_local(source: Path, folder: Path, max_bytes: int) -> Bundle:
+    """Copy an operator's bundle into the staging folder and verify the copy."""
+    _make_folder(folder)
+    if not source.is_dir():
+        try:
+            return unpack(source, folder)
+        except OSError as error:
+            raise BadBundle(
+                f"{source} cannot be read: {error.strerror}; give a bundle folder or .tar"
+            ) from error
+    bundle = open_bundle(source)
+    if bundle.manifest.size > max_bytes:
+        raise UpdateRejected(
+            f"{source}: {bundle.manifest.size} bytes, updates.max_bundle_bytes allows {max_bytes}",
+            reason="too_large",
+        )
+    bundle.verify()
+    with explained("copy to", folder):
+        for name in (manifests.FILE_NAME, *bundle.manifest.members):
+            shutil.copyfile(source / name, folder / name)
+    staged = open_bundle(folder)
+    staged.verify()
+    return staged
