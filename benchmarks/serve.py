@@ -1,7 +1,7 @@
 """One agent on one core, asked from the other: round trips and throughput, beside the bare model.
 
-The 512 measurements of a part as JSON, by /predict, by the Open Inference Protocol and over MQTT. The floor is
-the same stack answering a constant. Throughput at several connections needs wrk (Debian: wrk).
+The 512 measurements of a part as JSON, by /predict, by the Open Inference Protocol and over MQTT. The floor
+is the same stack answering a constant. Throughput at several connections needs wrk (Debian: wrk).
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def _measure(folder: Path, widths: list[int]) -> None:
             "http": {"port": port},
         }
         if mosquitto is not None:
-            (folder / "mosquitto.conf").write_text(f"listener {broker} 127.0.0.1\nallow_anonymous true\n")
+            (folder / "mosquitto.conf").write_text(
+                f"listener {broker} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n"
+            )
             processes.start("broker", [mosquitto, "-c", str(folder / "mosquitto.conf")])
             config["mqtt"] = {"port": broker}
             wait_until(lambda: listens(broker), "mosquitto")

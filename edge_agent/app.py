@@ -57,16 +57,13 @@ async def run(config: Config, *, started: Callable[[str], None] = lambda _: None
         service = Service(config.serving, config.engine, config.drift, metrics)
         updater = Updater(config.updates, config.device, store, service, metrics)
         agent = Agent(config, store, service, updater)
-        http = HttpServer(config.http, service, metrics)
-        control = HttpServer(
-            config.http, service, metrics, admin=agent, unix_path=Path(config.store) / CONTROL_SOCKET
-        )
+        control = Path(config.store) / CONTROL_SOCKET
+        http = HttpServer(config.http, service, metrics, admin=agent, unix_path=control)
 
         await updater.recover()
         for model in store.models():
             await agent.take_up(model)
         await http.start()
-        await control.start()
         gc.collect()
         gc.freeze()  # what lives now lives for ever: the collector need not look at it again
 
@@ -87,7 +84,6 @@ async def run(config: Config, *, started: Callable[[str], None] = lambda _: None
             await stop.wait()
             _notify("STOPPING=1")
             await http.stop(DRAIN_SECONDS)
-            await control.stop(DRAIN_SECONDS)
             for task in background:
                 task.cancel()
     finally:

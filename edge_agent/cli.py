@@ -43,6 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EdgeError, ContractError) as error:
         print(f"edge-agent: {error}", file=sys.stderr)
         return 1
+    except ExceptionGroup as group:  # a task of the agent ended it: the first expected failure says why
+        expected = group.subgroup((EdgeError, ContractError))
+        if expected is None:
+            raise
+        first: BaseException = expected
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        print(f"edge-agent: {first}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

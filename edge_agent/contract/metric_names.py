@@ -1,7 +1,7 @@
 """Names, units and labels of every metric, in one place (docs/metrics.md is checked against it).
 
-Rules (https://prometheus.io/docs/practices/naming/): base units, ``_total`` for counters, ``_info`` for facts,
-closed label sets that exist at 0 from the start, no per-feature series. The series carry no device
+Rules (https://prometheus.io/docs/practices/naming/): base units, ``_total`` for counters, ``_info`` for
+facts, closed label sets that exist at 0 from the start, no per-feature series. The series carry no device
 label: the scrape configuration or the remote-write sender adds ``device``.
 """
 

@@ -9,6 +9,7 @@ and a run that outlives all of its requests is aborted.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from edge_agent.serving.tensors import Feeds
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A request on its way through the engine. Times are the loop's clock, in seconds."""
+    """A request on its way through the engine. Times are ``time.monotonic()``, in seconds."""
 
     feeds: Feeds
     rows: int
@@ -68,7 +69,7 @@ class Batcher:
         self._queue.append(request)
         self.pending_rows += request.rows
         if not self._inline:
-            self._loop.call_at(request.deadline, self._expire, request)
+            self._loop.call_later(max(request.deadline - request.started, 0.0), self._expire, request)
         if not self._scheduled and not self._running:
             self._scheduled = True
             self._loop.call_soon(self._flush)
@@ -110,7 +111,7 @@ class Batcher:
     def _take(self) -> list[Pending]:
         batch: list[Pending] = []
         rows = 0
-        now = self._loop.time()
+        now = time.monotonic()
         while self._queue:
             request = self._queue[0]
             if request.done or request.deadline <= now:

@@ -5,7 +5,8 @@ Invariants:
 - a request that was accepted is answered, by the model if it can, else by the rules of its bundle;
   why it was the rules is one of ``metric_names.REASONS``, in the answer and in the counters;
 - what a request began with is what answers it: a swap never touches requests in flight;
-- nothing here blocks the event loop but the run of a model measured to be fast.
+- nothing here blocks the event loop but the run of a model measured to be fast;
+- time is read from ``time.monotonic``: uvloop's own clock has whole milliseconds, too coarse here.
 
 ``choose`` is the decision, pure; the rest brings it the facts and carries it out.
 """
@@ -198,7 +199,7 @@ class Service:
         slot, release = self._find(model, version)
         feeds, rows = tensors.conform(release.manifest.inputs, inputs, self._serving.max_request_rows)
         loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = time.monotonic()
         limit = self._serving.deadline_ms / 1000 if deadline is None else deadline
         future: asyncio.Future[Answer] = loop.create_future()
         reason = choose(Facts(slot.state, slot.killed, now < slot.open_until, limit))
@@ -248,8 +249,8 @@ class Service:
         ]
 
     def ready(self) -> bool:
-        """Whether every known model can answer, by itself or by its rules."""
-        return all(slot.release is not None for slot in self._slots.values())
+        """Whether there is a model, and every known one can answer, by itself or by its rules."""
+        return bool(self._slots) and all(slot.release is not None for slot in self._slots.values())
 
     # -- the life of a model -------------------------------------------------------------------------------
 
@@ -469,7 +470,7 @@ class Service:
             slot.failures += 1
             if slot.failures >= self._serving.breaker_failures:
                 # Half open after this time: one failure more opens it again, one success closes it.
-                slot.open_until = asyncio.get_running_loop().time() + self._serving.breaker_seconds
+                slot.open_until = time.monotonic() + self._serving.breaker_seconds
         request.future.set_result(
             self._by_rules(slot, release, request.feeds, request.rows, reason, request.started)
         )
@@ -483,7 +484,7 @@ class Service:
             failed, confidence = decide(scores, manifest.decision)
             failed_rows = int(np.count_nonzero(failed))
             self._offer_to_drift(slot, release, request.feeds, scores)
-        seconds = asyncio.get_running_loop().time() - request.started
+        seconds = time.monotonic() - request.started
         release.metrics.answered("ok", request.rows, failed_rows, seconds)
         if slot.release is release:
             slot.rows += request.rows
@@ -509,7 +510,7 @@ class Service:
             spec = next(output for output in manifest.outputs if output.name == decision.output)
             shape = (rows, *(1 for _ in spec.shape[1:]))
             outputs[spec.name] = scores.astype(tensors.numpy_dtype(spec.datatype)).reshape(shape)
-        seconds = asyncio.get_running_loop().time() - started
+        seconds = time.monotonic() - started
         release.metrics.answered(reason, rows, failed_rows, seconds)
         if slot.release is release:
             slot.rows += rows
@@ -646,12 +647,11 @@ def _retire(release: _Release | None) -> None:
 
 async def _longest_stall(tick: float = 0.001) -> float:
     """The longest time this loop was kept from running anything, until cancelled. Seconds."""
-    loop = asyncio.get_running_loop()
     longest = 0.0
     try:
         while True:
-            before = loop.time()
+            before = time.monotonic()
             await asyncio.sleep(tick)
-            longest = max(longest, loop.time() - before - tick)
+            longest = max(longest, time.monotonic() - before - tick)
     except asyncio.CancelledError:
         return longest

@@ -20,6 +20,7 @@ import asyncio
 import errno
 import functools
 import logging
+import os
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -876,10 +877,14 @@ def _bind_unix(path: Path) -> socket.socket:
     if path.is_socket():
         path.unlink()
     unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # sockaddr_un holds 107 bytes; a path through an open folder is short, however deep the store lies.
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
     try:
-        unix.bind(str(path))
+        unix.bind(f"/proc/self/fd/{folder}/{path.name}")
         path.chmod(0o600)  # before it listens: nobody can have connected in between
     except OSError:
         unix.close()
         raise
+    finally:
+        os.close(folder)
     return unix

@@ -304,8 +304,9 @@ class MqttTransport:
             return fixed
         if any(character in topic for character in "+#\0") or len(topic.encode()) > _MAX_TOPIC or not topic:
             raise InvalidInput(f"response topic {topic[:80]!r}: expected a topic name without wildcards")
-        if not topic.startswith(self._config.reply_prefixes):
-            allowed = ", ".join(self._config.reply_prefixes)
+        prefixes = self._config.reply_prefixes or (f"{self._config.prefix}/",)
+        if not topic.startswith(prefixes):
+            allowed = ", ".join(prefixes)
             raise InvalidInput(f"response topic {topic[:80]!r}: expected one below {allowed}")
         # Whatever device it belongs to: an answer must never be read as a request, or as a state.
         if topic.endswith(("/infer", "/predict", "/status", "/models")):

@@ -44,6 +44,25 @@ LOAD_PER_DEVICE: Final = 40.0  # rows/s
 BAD_SHARE: Final = 0.1  # of the parts that keep coming during the roll-outs
 
 
+# The policy of a fleet in a hurry: edge-fleet init writes one whose canaries bake for minutes, not seconds.
+POLICY: Final = f"""\
+name: demo
+policy:
+  canary: {{devices: {CANARIES}}}
+  waves: []
+  interval_seconds: 2
+  in_progress_timeout_seconds: 60
+  progress_deadline_seconds: 120
+  analysis:
+    initial_delay_seconds: 1
+    count: 4
+    metrics:
+      - {{name: fallback_ratio, failure_above: 0.05}}
+      - {{name: error_ratio, failure_above: 0.01, must_have_data: false}}
+      - {{name: fail_ratio, compare: control, direction: either, allowed_increase: 0.25}}
+"""
+
+
 class Demo:
     """One run: where things are, what runs, what was measured."""
 
@@ -87,16 +106,16 @@ class Demo:
         )
         expect(
             done.returncode in allow,
-            f"{program} {' '.join(map(str, arguments))} ended with {done.returncode}: {done.stderr.strip()[-800:]}",
+            f"{program} {arguments[0]} ... ended with {done.returncode}: {done.stderr.strip()[-800:]}",
         )
         return done.stdout
 
-    def quantize(self, version: str, calibration: Path, *options: str) -> Path:
+    def quantize(self, version: str, calibration: Path, *options: str | Path) -> Path:
         """Quantize the example model; returns the bundle."""
         bundles = self.folder / "bundles"
         print(
             self.run(
-                "quantize-model", FP32_MODEL, "--calibration", calibration, "--validation", self.validation,
+                "quantize-model", FP32_MODEL, "--calibration", calibration,
                 "--name", MODEL, "--version", version, "--out", bundles,
                 "--impute", "median", "--scale", "standard", "--score", "mse", *options,
             ).rstrip()
@@ -123,7 +142,7 @@ class Demo:
             "http": {"port": port},
             "updates": {
                 "source": f"http://127.0.0.1:{self.release_port}/",
-                "root": str(self.fleet / "root.json"),
+                "root": str(self.fleet / "repository" / "metadata" / "1.root.json"),
                 "interval_seconds": 1.0,
                 "probation": {"seconds": 3.0, "requests": 50, "max_seconds": 30.0},
             },
@@ -192,7 +211,7 @@ def quantize(demo: Demo) -> None:
     """Step 1: one command, FP32 in, bundle out."""
     dataset.write_validation(demo.validation)
     good = dataset.write_calibration(demo.folder / "calibration.npz", missing=0.01)
-    bundle = demo.quantize("1.0.0", good)
+    bundle = demo.quantize("1.0.0", good, "--validation", demo.validation)
     before = FP32_MODEL.stat().st_size
     after = (bundle / "model.onnx").stat().st_size
     demo.record(
@@ -216,7 +235,10 @@ def start(demo: Demo) -> None:
     demo.mqtt5 = mosquitto is not None
     if mosquitto is not None:
         config = demo.folder / "mosquitto.conf"
-        config.write_text(f"listener {demo.broker_port} 127.0.0.1\nallow_anonymous true\npersistence false\n")
+        config.write_text(
+            f"listener {demo.broker_port} 127.0.0.1\nallow_anonymous true\n"
+            "persistence false\nset_tcp_nodelay true\n"
+        )
         demo.processes.start("broker", [mosquitto, "-c", str(config)])
     else:
         demo.processes.start("broker", [sys.executable, "-m", "examples.demo.broker", str(demo.broker_port)])
@@ -323,7 +345,7 @@ def roll_out(demo: Demo) -> None:
         demo.wait_for_version(device, "1.0.0")
     write_fleet_files(demo, devices)
     good = demo.folder / "calibration.npz"
-    v2 = demo.quantize("2.0.0", good, "--threshold", "quantile:0.99")
+    v2 = demo.quantize("2.0.0", good, "--validation", demo.validation, "--threshold", "quantile:0.99")
     wrong = dataset.write_calibration(demo.folder / "calibration_wrong_units.npz", factor=0.25)
     v3 = demo.quantize("3.0.0", wrong)
 
@@ -365,7 +387,7 @@ def released(demo: Demo, bundle: Path, version: str, phase: str) -> float:
     started = time.monotonic()
     fleet = ("--fleet", demo.fleet)
     demo.run("edge-fleet", *fleet, "publish", bundle)
-    demo.run("edge-fleet", *fleet, "rollout", "start", MODEL, version, "--canary", str(CANARIES))
+    demo.run("edge-fleet", *fleet, "rollout", "start", version)
     print(demo.run("edge-fleet", *fleet, "rollout", "run", allow=(0, 1)).rstrip())
     status = json.loads(demo.run("edge-fleet", *fleet, "rollout", "status", "--json"))
     expect(
@@ -379,6 +401,7 @@ def write_fleet_files(demo: Demo, devices: Sequence[str]) -> None:
     lines = ["devices:"]
     lines += [f"  - {{id: {device}, address: 'http://127.0.0.1:{demo.ports[device]}'}}" for device in devices]
     (demo.fleet / "devices.yaml").write_text("\n".join(lines) + "\n")
+    (demo.fleet / "fleet.yaml").write_text(POLICY)
 
 
 def parts(demo: Demo) -> np.ndarray:

@@ -86,7 +86,10 @@ async def ask_over_mqtt(port: int, device: str, bodies: Sequence[bytes], *, mqtt
     answer_topic = f"edge/{device}/demo/answers" if mqtt5 else fixed
     protocol = aiomqtt.ProtocolVersion.V5 if mqtt5 else aiomqtt.ProtocolVersion.V311
     replies = []
-    async with aiomqtt.Client("127.0.0.1", port, protocol=protocol, timeout=TIMEOUT) as client:
+    nodelay = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]
+    async with aiomqtt.Client(
+        "127.0.0.1", port, protocol=protocol, timeout=TIMEOUT, socket_options=nodelay
+    ) as client:
         await client.subscribe(answer_topic, qos=0)
         messages = aiter(client.messages)
         for number, body in enumerate(bodies):
