@@ -73,29 +73,33 @@ class Bundle:
         _compare(self.path, name, expected, len(data), Digest.of_bytes(data))
         return data
 
-    def verify(self) -> None:
+    def verify(self, called: Path | None = None) -> None:
         """Prove every member's size and digest.
+
+        Args:
+            called: what the person knows the bundle as, where that is not its folder.
 
         Raises:
             BadBundle: a member is missing, truncated or altered; says which, expected and got.
         """
         for name in sorted(self.manifest.members):
-            self.verify_member(name)
+            self.verify_member(name, called)
 
-    def verify_member(self, name: str) -> None:
+    def verify_member(self, name: str, called: Path | None = None) -> None:
         """Prove one member's size and digest without holding it in memory.
 
         Raises:
             BadBundle: missing, truncated or altered.
         """
+        where = called or self.path
         path = self.member(name)
         expected = self.manifest.members[name]
         try:
             size = path.stat().st_size
             digest = Digest.of_file(path) if size == expected.size else None
         except OSError as error:
-            raise BadBundle(f"bundle {self.path}: member {name} cannot be read: {error.strerror}") from error
-        _compare(self.path, name, expected, size, digest)
+            raise BadBundle(f"bundle {where}: member {name} cannot be read: {error.strerror}") from error
+        _compare(where, name, expected, size, digest)
 
 
 def _compare(where: Path, name: str, expected: Member, size: int, digest: Digest | None) -> None:
@@ -182,8 +186,12 @@ def unpack(source: Path, folder: Path) -> Bundle:
                     shutil.copyfileobj(content, out)
     except (tarfile.TarError, EOFError) as error:
         raise BadBundle(f"{source} is not a bundle: {error}") from error
+    if manifests.FILE_NAME not in names:
+        raise BadBundle(f"{source} is not a bundle: it holds no {manifests.FILE_NAME}")
     bundle = open_bundle(folder)
+    if missing := bundle.manifest.members.keys() - names:
+        raise BadBundle(f"{source}: member {sorted(missing)[0]} is missing: the file is truncated or altered")
     if extra := names - {manifests.FILE_NAME, *bundle.manifest.members}:
         raise BadBundle(f"{source}: {sorted(extra)[0]!r} is not named in the manifest")
-    bundle.verify()
+    bundle.verify(source)
     return bundle

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from edge_agent.contract.bundle import pack
-from tests.support.agents import AgentProcess, run_cli
+from tests.support.agents import BIN, AgentProcess, run_cli
 from tests.support.bundles import tiny_bundle
 
 
