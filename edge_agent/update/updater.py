@@ -338,7 +338,7 @@ class Updater:
             self._retry.failed(self._monotonic())
             self._no_repository(*_result_of(error), str(error))
             return
-        if any(outcome.result in _TRY_AGAIN for outcome in outcomes):
+        if any(one.result in _TRY_AGAIN or one.state is State.ROLLING_BACK for one in outcomes):
             self._retry.failed(self._monotonic())
         else:
             self._known.checked = True
@@ -453,11 +453,13 @@ class Updater:
             right=status is not None and status.digest == candidate.digest,
         )
 
-    async def _take_back(self, model: str, event: Event, reason: str, message: str) -> UpdateOutcome:
-        """Refuse the release that answers from now on, and go back to the one before."""
+    async def _take_back(
+        self, model: str, event: Event, reason: str, message: str, *, reject: bool = True
+    ) -> UpdateOutcome:
+        """Go back to the release before, and refuse this one from now on if it is to blame."""
         tracked = self._models[model]
         release = tracked.record.candidate
-        if release is not None:
+        if release is not None and reject:
             logger.warning("model %s: %s is taken back: %s", model, release.version, message)
             entry = Rejected(release.digest, release.version, reason, message, self._now())
             tracked.record = tracked.record.rejecting(entry)
@@ -507,9 +509,7 @@ class Updater:
         if not has_previous:
             await self._finish(model, Event.SUPERSEDED, Result.ABORTED, "superseded", why)
             return
-        self._move(model, Event.ROLL_BACK)
-        await self._save(model, tolerant=True)
-        await self._go_back(model)
+        await self._take_back(model, Event.ROLL_BACK, "superseded", why, reject=False)
         if tracked.record.state is State.ROLLING_BACK:
             raise StoreError(f"model {model}: the roll-back is not finished", reason="rolling_back")
 
@@ -690,7 +690,9 @@ class Updater:
             self._reject(model, release, reason, str(error))
         moved = release is not None and self._store.pointer(model) == release.digest
         if record.state is State.ACTIVATING and moved:
-            return await self._take_back(model, Event.UNHEALTHY, reason, str(error))
+            # A disk that cannot make the switch durable says nothing about the release.
+            to_blame = not isinstance(error, StoreError)
+            return await self._take_back(model, Event.UNHEALTHY, reason, str(error), reject=to_blame)
         if record.state in BUSY and record.state is not State.ROLLING_BACK:
             return await self._finish(model, Event.FAIL, result, reason, str(error))
         return self._outcome(model, result, reason, str(error), release)
@@ -1002,7 +1004,14 @@ class _Attempt:
 
 _RUNS_THE_MODEL: Final = (State.TESTING, State.SHADOWING, State.ACTIVATING)
 _GOOD: Final = frozenset({Result.SUCCEEDED, Result.ALREADY_INSTALLED, Result.NO_ARTIFACT})
-_TRY_AGAIN: Final = frozenset({Result.FAILED_NO_STATE_CHANGE, Result.TIMED_OUT, Result.ABORTED})
+_TRY_AGAIN: Final = frozenset(
+    {
+        Result.FAILED_NO_STATE_CHANGE,
+        Result.FAILED_UNABLE_TO_ROLLBACK,
+        Result.TIMED_OUT,
+        Result.ABORTED,
+    }
+)
 _RESULT_OF_TAKING_BACK: Final = {"operator": Result.SUCCEEDED, "aborted": Result.ABORTED}
 
 

@@ -33,7 +33,7 @@ class DyingDisk(CountingDisk):
 
 
 class RefusingDisk(CountingDisk):
-    """Call ``at`` (from 1) fails with ``number``; with ``until`` None every later one does, too."""
+    """Call ``at`` (from 1) fails with ``number``; with ``forever`` every later one does, too."""
 
     def __init__(self, at: int, number: int = errno.ENOSPC, *, forever: bool = False) -> None:
         super().__init__()
@@ -43,3 +43,15 @@ class RefusingDisk(CountingDisk):
         super().before(call, path)
         if len(self.calls) == self._at or (self._forever and len(self.calls) > self._at):
             raise OSError(self._number, os.strerror(self._number))
+
+    def refuse_from_now_on(self, after: int = 1) -> None:
+        """The ``after``-th call from now (from 1) is the first that fails."""
+        self._at = len(self.calls) + after
+
+    def obey(self) -> None:
+        self._at = 10**9
+
+    @property
+    def obeyed(self) -> bool:
+        """Whether no call has failed yet."""
+        return len(self.calls) < self._at
