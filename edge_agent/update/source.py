@@ -94,7 +94,7 @@ def open_source(text: str, timeout: float) -> Source:
         return HttpSource(text, timeout)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return FolderSource(Path(unquote(parts.path)))
-    if parts.scheme in ("", "file"):
+    if parts.scheme == "":
         return FolderSource(Path(text))
     raise ConfigError(f"updates.source {text!r}: expected an http(s) URL, a file: URL or a path")
 

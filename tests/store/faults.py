@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from edge_agent.store.fs import Disk
+
+POWER_CUT = 137  # exit code of a process whose power failed
+PATIENCE = 60.0  # seconds for a child that takes a few milliseconds
+
+# Not a plain fork: this process has threads (numpy's, an executor's), the fork server has none.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["tests.store.test_power_cut", "tests.update.test_power_cut"])
+
+
+def power_cut_in(work: Callable[..., Any], *arguments: Any) -> bool:
+    """Run ``work`` in a process of its own; whether its power failed. A picklable function, as it must be."""
+    process = _PROCESSES.Process(target=work, args=arguments)
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode in (0, POWER_CUT), f"the child ended with {process.exitcode}"
+    return process.exitcode == POWER_CUT
 
 
 class CountingDisk(Disk):
@@ -29,7 +48,7 @@ class DyingDisk(CountingDisk):
     def before(self, call: str, path: Path) -> None:
         super().before(call, path)
         if len(self.calls) == self._at:
-            os._exit(137)
+            os._exit(POWER_CUT)
 
 
 class RefusingDisk(CountingDisk):

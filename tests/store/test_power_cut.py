@@ -19,7 +19,7 @@ from edge_agent.store.fs import TEMPORARY, Disk
 from edge_agent.store.state import State, UpdateRecord
 from edge_agent.store.store import Store
 from tests.store.bundles import plain_bundle
-from tests.store.faults import CountingDisk, DyingDisk, RefusingDisk
+from tests.store.faults import CountingDisk, DyingDisk, RefusingDisk, power_cut_in
 
 Work = Callable[[Path, Path, Disk], None]
 
@@ -76,18 +76,13 @@ def prepare(path: Path, bundles: Path, versions: str) -> Path:
     return path
 
 
+def dying(work: Work, store: Path, bundles: Path, at: int) -> None:
+    work(store, bundles, DyingDisk(at))
+
+
 def in_a_process_that_dies(work: Work, store: Path, bundles: Path, at: int) -> bool:
-    """Run ``work`` in a child whose power fails before call ``at``; False if it ended before."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work(store, bundles, DyingDisk(at))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 137), f"the child failed with {code} at call {at}"
-    return code == 137
+    """Run ``work`` in a process whose power fails before call ``at``; False if it ended before."""
+    return power_cut_in(dying, work, store, bundles, at)
 
 
 def assert_whole(path: Path, allowed: set[str]) -> str:

@@ -230,6 +230,8 @@ class StaticServer:
     def __init__(self, folder: Path) -> None:
         self.requests: list[tuple[str, str, int]] = []
         self.cut_after: int | None = None  # bytes of a blob, then the connection ends
+        self.hang_on: str | None = None  # requests with this in their path get no answer
+        self.released = threading.Event()
         self._server = ThreadingHTTPServer(
             ("127.0.0.1", 0), partial(_Handler, directory=str(folder), owner=self)
         )
@@ -238,6 +240,7 @@ class StaticServer:
         self._thread.start()
 
     def stop(self) -> None:
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -269,6 +272,10 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes, etag: str = "", content_range: str = "") -> None:
         self.owner.requests.append((self.command, self.path, status))
+        if self.owner.hang_on is not None and self.owner.hang_on in self.path:
+            self.owner.released.wait()
+            self.close_connection = True
+            return
         self.send_response(status)
         if etag:
             self.send_header("ETag", etag)

@@ -1,0 +1,120 @@
+"""The updater with the agent's own inference service under load: real models, nothing dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+
+from edge_agent.config import DriftConfig, EngineConfig, ProbationConfig, ServingConfig, UpdatesConfig
+from edge_agent.serving.service import Service
+from edge_agent.store.state import State
+from edge_agent.store.store import Store
+from edge_agent.telemetry.metrics import AgentMetrics
+from edge_agent.update.updater import Updater
+from tests.update.devices import Publisher
+
+PATIENCE = 60.0  # seconds
+
+
+class Agent:
+    """Store, service and updater, put together as app.run does."""
+
+    def __init__(self, folder: Path, publisher: Publisher) -> None:
+        self.store = Store.open(folder)
+        self.metrics = AgentMetrics(CollectorRegistry(), "unit-1", "0.1.0")
+        self.service = Service(ServingConfig(), EngineConfig(), DriftConfig(), self.metrics)
+        config = UpdatesConfig(
+            source=str(publisher.path), root=str(publisher.root), in_process=True, interval_seconds=0.05,
+            probation=ProbationConfig(seconds=0, requests=20),
+        )  # fmt: skip
+        self.updater = Updater(config, "unit-1", self.store, self.service, self.metrics)
+
+    async def ask(self, value: float) -> tuple[str, str, str]:
+        """One request of one row: who answered, why, which version."""
+        rows = np.full((1, 4), value, np.float32)
+        answer = await self.service.submit("demo", None, {"features": rows})
+        return answer.source, answer.reason, answer.version
+
+    def state(self) -> State:
+        return self.store.record("demo").state
+
+
+def test_a_swap_under_load_drops_nothing_and_a_bad_model_is_taken_back(tmp_path: Path) -> None:
+    publisher = Publisher(tmp_path / "fleet")
+
+    async def scenario() -> None:
+        agent = Agent(tmp_path / "store", publisher)
+        publisher.assign(publisher.publish("1.0.0"))
+        await agent.updater.recover()
+        running = asyncio.create_task(agent.updater.run())
+        async with asyncio.timeout(PATIENCE):
+            while agent.service.running("demo") is None:
+                await asyncio.sleep(0.01)
+
+        answers: list[tuple[str, str, str]] = []
+        stop = asyncio.Event()
+
+        async def load() -> None:
+            while not stop.is_set():
+                answers.append(await agent.ask(1.0))
+                await asyncio.sleep(0)
+
+        loading = asyncio.create_task(load())
+        async with asyncio.timeout(PATIENCE):
+            publisher.assign(publisher.publish("2.0.0"))
+            while not (agent.state() is State.COMMITTED and answers and answers[-1][2] == "2.0.0"):
+                await asyncio.sleep(0.01)
+            # It passes its golden vectors, and answers NaN to what the plant really sends.
+            publisher.assign(publisher.publish("3.0.0", non_finite_above=0.9))
+            while agent.state() is not State.ROLLED_BACK:
+                await asyncio.sleep(0.01)
+        stop.set()
+        await loading
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+        versions = [version for _, _, version in answers]
+        changes = [b for a, b in itertools.pairwise(versions) if a != b]
+        assert changes == ["2.0.0", "3.0.0", "2.0.0"], "each swap is one cut, no request fails"
+        assert {(source, reason) for source, reason, version in answers if version != "3.0.0"} == {
+            ("model", "ok")
+        }
+        assert {(source, reason) for source, reason, version in answers if version == "3.0.0"} <= {
+            ("fallback", "non_finite"),
+            ("model", "ok"),
+        }
+        record = agent.store.record("demo")
+        assert (record.last_result, record.last_reason) == ("failed_rollback_complete", "fallback")
+        current = agent.store.current("demo")
+        assert current is not None
+        assert current.manifest.version == "2.0.0"
+        agent.store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_model_damaged_on_disk_is_repaired_while_the_rules_answer(tmp_path: Path) -> None:
+    publisher = Publisher(tmp_path / "fleet")
+
+    async def scenario() -> None:
+        first = Agent(tmp_path / "store", publisher)
+        publisher.assign(publisher.publish("1.0.0"))
+        await first.updater.run_once()
+        model = first.store.layout.model("demo") / "current" / "model.onnx"
+        model.chmod(0o644)
+        model.write_bytes(b"rot")
+        first.store.close()
+
+        agent = Agent(tmp_path / "store", publisher)
+        await agent.updater.recover()
+        await agent.service.start("demo", agent.store.current("demo"))
+        assert await agent.ask(1.0) == ("fallback", "corrupt_model", "1.0.0")
+        await agent.updater.run_once()
+        assert await agent.ask(1.0) == ("model", "ok", "1.0.0")
+        agent.store.close()
+
+    asyncio.run(scenario())
