@@ -6,6 +6,7 @@ Everything has a default: ``edge-agent run`` works without a file. Each class ge
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import socket
 from pathlib import Path
@@ -28,6 +29,15 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pass
 
 
+class TlsConfig(_Section, frozen=True):
+    """TLS of the HTTP listener. Files are PEM; replaced files are taken up without a restart."""
+
+    certificate: str  # the chain, the server's own first
+    key: str  # not encrypted
+    client_ca: str = ""  # clients show a certificate that this signed
+    client_certificates: Literal["required", "accepted"] = "required"  # accepted: or else a token
+
+
 class HttpConfig(_Section, frozen=True):
     """The HTTP listener."""
 
@@ -37,6 +47,10 @@ class HttpConfig(_Section, frozen=True):
     max_connections: Count = 512
     header_timeout_seconds: Positive = 10.0  # a client has this long to send a whole request
     idle_timeout_seconds: Positive = 75.0
+    tls: TlsConfig | None = None
+    tokens_file: str | None = None  # clients send a bearer token; made by `edge-agent token`
+    requests_per_second: NotNegative = 0.0  # per client: token name, certificate or address; 0: no limit
+    request_burst: Count = 100  # requests that a client may send at once under that limit
 
 
 class MqttConfig(_Section, frozen=True):
@@ -209,8 +223,20 @@ def _check(config: Config, where: str) -> None:
             f"{where}: updates.source is set but updates.root is not; give the path of the fleet's "
             "root.json, without it no release can be trusted"
         )
-    if config.http.host not in ("127.0.0.1", "localhost", "::1") and not config.insecure:
-        raise ConfigError(
-            f"{where}: http.host {config.http.host} listens beyond loopback without TLS and a token; "
-            "set http.host to 127.0.0.1, or insecure: true if the network is trusted"
-        )
+    http = config.http
+    if not _is_loopback(http.host) and not config.insecure:
+        known = http.tokens_file or (http.tls is not None and http.tls.client_ca)
+        lacks = [what for what, there in (("http.tls", http.tls), ("http.tokens_file", known)) if not there]
+        if lacks:
+            raise ConfigError(
+                f"{where}: http.host {http.host} listens beyond loopback without TLS and a token or client "
+                f"certificates; set {' and '.join(lacks)}, or http.host: 127.0.0.1, or insecure: true if the "
+                "network is trusted"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -18,7 +18,8 @@ from edge_agent.config import DriftConfig, EngineConfig, HttpConfig, MqttConfig,
 from edge_agent.contract.bundle import Bundle
 from edge_agent.serving.service import Service
 from edge_agent.telemetry.metrics import AgentMetrics
-from edge_agent.transport.http import Admin, HttpServer
+from edge_agent.transport.http import HttpServer
+from edge_agent.transport.routes import Admin
 from edge_agent.transport.mqtt import MqttTransport
 
 TIMEOUT = 20.0  # seconds; a healthy step takes milliseconds
