@@ -4,6 +4,9 @@ Whatever arrived in one turn of the event loop, or while the engine was busy, go
 together; a request that comes alone goes alone, at once. A fast model runs on the loop itself (a thread hop
 costs more than its run), a slow one in a thread of its own, where requests whose time runs out are given back
 and a run that outlives all of its requests is aborted.
+
+The rows of a batch are laid into one buffer that is used again, and its outcome is told once for all of its
+requests: what costs a microsecond a call is paid per batch.
 """
 
 from __future__ import annotations
@@ -31,10 +34,14 @@ class Pending:
     started: float
     deadline: float
     done: bool = False
+    begin: int = 0  # its first row in the batch
 
 
-Finish = Callable[[Pending, Feeds | EngineError | None], None]
-"""Told once per request: the outputs, the engine's error, or None if the time ran out."""
+Finish = Callable[[list[Pending], Feeds | EngineError | None], None]
+"""Told once per request: requests, and the outputs of their whole batch, the engine's error, or None if the
+time ran out. The rows of a request are ``begin`` to ``begin + rows``."""
+
+_Outcome = tuple[list[Pending], Feeds | EngineError]
 
 
 class Batcher:
@@ -62,6 +69,7 @@ class Batcher:
         self._running: list[Pending] = []
         self._thread: ThreadPoolExecutor | None = None
         self._closing: Callable[[], None] | None = None
+        self._buffers: Feeds = {}
         self.pending_rows = 0
 
     def add(self, request: Pending) -> None:
@@ -87,20 +95,20 @@ class Batcher:
             if self._closing:
                 self._shut()
             return
-        self._observe_rows(sum(request.rows for request in batch))
+        self._observe_rows(batch[-1].begin + batch[-1].rows)
         if self._inline:
-            self._give(batch, _compute(self._engine, batch))
+            self._give(self._compute(batch))
             self._next()
             return
         self._running = batch
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        future = self._loop.run_in_executor(self._thread, _compute, self._engine, batch)
-        future.add_done_callback(lambda done: self._returned(batch, done.result()))
+        future = self._loop.run_in_executor(self._thread, self._compute, batch)
+        future.add_done_callback(lambda done: self._returned(done.result()))
 
-    def _returned(self, batch: list[Pending], results: list[Feeds | EngineError]) -> None:
+    def _returned(self, outcomes: list[_Outcome]) -> None:
         self._running = []
-        self._give(batch, results)
+        self._give(outcomes)
         self._next()
 
     def _next(self) -> None:
@@ -116,26 +124,29 @@ class Batcher:
             request = self._queue[0]
             if request.done or request.deadline <= now:
                 self._queue.popleft()
-                self._end(request, None)
+                self._end([request], None)
                 continue
             if batch and (not self._joinable or rows + request.rows > self._max_rows):
                 break
             batch.append(self._queue.popleft())
+            request.begin = rows
             rows += request.rows
         return batch
 
-    def _give(self, batch: list[Pending], results: list[Feeds | EngineError]) -> None:
-        for request, result in zip(batch, results, strict=True):
-            self._end(request, result)
+    def _give(self, outcomes: list[_Outcome]) -> None:
+        for requests, result in outcomes:
+            self._end(requests, result)
 
-    def _end(self, request: Pending, result: Feeds | EngineError | None) -> None:
-        if not request.done:
+    def _end(self, requests: list[Pending], result: Feeds | EngineError | None) -> None:
+        waiting = [request for request in requests if not request.done]
+        for request in waiting:
             request.done = True
             self.pending_rows -= request.rows
-            self._finish(request, result)
+        if waiting:
+            self._finish(waiting, result)
 
     def _expire(self, request: Pending) -> None:
-        self._end(request, None)
+        self._end([request], None)
         if self._running and all(waiting.done for waiting in self._running):
             self._engine.abort()  # nobody waits for it: a stuck model must not take the service along
 
@@ -146,29 +157,30 @@ class Batcher:
         if closing is not None:
             closing()
 
+    # -- in the engine's thread, or on the loop if it runs inline: one at a time -----------------------------
 
-def _compute(engine: Engine, batch: list[Pending]) -> list[Feeds | EngineError]:
-    if len(batch) == 1:
-        return [_compute_one(engine, batch[0])]
-    names = batch[0].feeds.keys()
-    try:
-        joined = engine.run(
-            {name: np.concatenate([request.feeds[name] for request in batch]) for name in names}
-        )
-    except EngineError:
-        # One request may have poisoned the batch: each gets its own chance and its own error.
-        return [_compute_one(engine, request) for request in batch]
-    results: list[Feeds | EngineError] = []
-    begin = 0
-    for request in batch:
-        end = begin + request.rows
-        results.append({name: value[begin:end] for name, value in joined.items()})
-        begin = end
-    return results
+    def _compute(self, batch: list[Pending]) -> list[_Outcome]:
+        if len(batch) > 1:
+            try:
+                return [(batch, self._engine.run(self._join(batch)))]
+            except EngineError:
+                # One request may have poisoned the batch: each gets its own chance and its own error.
+                for request in batch:
+                    request.begin = 0
+        return [([request], self._compute_one(request)) for request in batch]
 
+    def _compute_one(self, request: Pending) -> Feeds | EngineError:
+        try:
+            return self._engine.run(request.feeds)
+        except EngineError as error:
+            return error
 
-def _compute_one(engine: Engine, request: Pending) -> Feeds | EngineError:
-    try:
-        return engine.run(request.feeds)
-    except EngineError as error:
-        return error
+    def _join(self, batch: list[Pending]) -> Feeds:
+        rows = batch[-1].begin + batch[-1].rows
+        feeds: Feeds = {}
+        for name, first in batch[0].feeds.items():
+            buffer = self._buffers.get(name)
+            if buffer is None:
+                buffer = self._buffers[name] = np.empty((self._max_rows, *first.shape[1:]), first.dtype)
+            feeds[name] = np.concatenate([request.feeds[name] for request in batch], out=buffer[:rows])
+        return feeds

@@ -16,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple, cast
 
+import msgspec
 import numpy as np
 
 from edge_agent.config import DriftConfig, EngineConfig, ServingConfig
@@ -54,8 +55,7 @@ _REASON_BY_STATE: Final[Mapping[str, str]] = {
 _FAULTS_OF_THE_MODEL: Final = frozenset({"model_error", "non_finite", "deadline", "breaker_open"})
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What is known before the model is asked."""
 
     state: str
@@ -80,8 +80,7 @@ def choose(facts: Facts) -> str:
     return "ok"
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """One answered request of n rows.
 
     ``source`` and ``reason`` say who answered and why. A fallback gives only the decision output, put on the
@@ -100,6 +99,10 @@ class Answer:
     failed: Flags | None
     confidence: Scores | None
     seconds: float
+
+
+Then = Callable[[Answer | Exception], None]
+"""Told once what became of a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +185,40 @@ class Service:
         *,
         deadline: float | None = None,
     ) -> asyncio.Future[Answer]:
-        """Accept a request and promise its answer.
+        """``ask`` with a promise of the answer, for those who can wait in a coroutine.
+
+        Raises:
+            InvalidInput, UnknownModel, Overloaded, Unavailable: as ``ask``.
+        """
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def settle(answer: Answer | Exception) -> None:
+            if future.done():  # the caller went away
+                return
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+        self.ask(model, version, inputs, settle, deadline=deadline)
+        return future
+
+    def ask(
+        self,
+        model: str | None,
+        version: str | None,
+        inputs: Mapping[str, Tensor],
+        then: Then,
+        *,
+        deadline: float | None = None,
+    ) -> None:
+        """Accept a request and call ``then`` with its answer: at once if the rules give it, else later.
 
         Args:
             model: the model's name; None means the only one.
             version: the version the caller insists on, or None.
-            inputs: tensors by name, as decoded.
+            inputs: tensors by name, as decoded. They are not altered; the caller must not alter them either.
+            then: must not raise.
             deadline: seconds from now; None takes the configured default.
 
         Raises:
@@ -198,14 +229,12 @@ class Service:
         """
         slot, release = self._find(model, version)
         feeds, rows = tensors.conform(release.manifest.inputs, inputs, self._serving.max_request_rows)
-        loop = asyncio.get_running_loop()
         now = time.monotonic()
         limit = self._serving.deadline_ms / 1000 if deadline is None else deadline
-        future: asyncio.Future[Answer] = loop.create_future()
         reason = choose(Facts(slot.state, slot.killed, now < slot.open_until, limit))
         if reason != "ok":
-            future.set_result(self._by_rules(slot, release, feeds, rows, reason, now))
-            return future
+            then(self._by_rules(slot, release, feeds, rows, reason, now))
+            return
         assert release.batcher is not None
         waiting = release.batcher.pending_rows
         if waiting and waiting + rows > self._serving.max_pending_rows:
@@ -214,10 +243,7 @@ class Service:
                 f"{self._serving.max_pending_rows}; "
                 "send less or try again"
             )
-        release.batcher.add(
-            _Request(feeds, rows, now, now + limit, future=future, slot=slot, release=release)
-        )
-        return future
+        release.batcher.add(_Request(feeds, rows, now, now + limit, then=then, slot=slot, release=release))
 
     def manifest(self, model: str | None, version: str | None = None) -> Manifest:
         """The manifest of the release that answers.
@@ -306,7 +332,7 @@ class Service:
         release.batcher = Batcher(
             engine,
             max_rows=self._engine.max_batch_rows,
-            joinable=tensors.batchable(manifest.inputs) and tensors.batchable(manifest.outputs),
+            joinable=tensors.batchable(manifest.inputs, manifest.outputs),
             inline=median < self._engine.inline_below_ms / 1000,
             finish=self._finish,
             observe_rows=release.metrics.batch,
@@ -443,26 +469,26 @@ class Service:
         self._metrics.model_info(name, manifest.version, bundle.digest)
         self.degrade(name, state, reason)
 
-    def _finish(self, pending: Pending, result: Feeds | EngineError | None) -> None:
-        assert isinstance(pending, _Request)
-        slot, release = pending.slot, pending.release
-        if pending.future.done():  # the caller went away
-            return
+    def _finish(self, pending: list[Pending], result: Feeds | EngineError | None) -> None:
+        requests = cast("list[_Request]", pending)
+        slot, release = requests[0].slot, requests[0].release
         if result is None:
-            self._give_up(pending, "deadline")
+            for request in requests:
+                self._give_up(request, "deadline")
         elif isinstance(result, EngineError):
             if slot.failures == 0:
                 log.warning("model %s %s: %s", slot.name, release.manifest.version, result)
-            self._give_up(pending, "model_error")
+            for request in requests:
+                self._give_up(request, "model_error")
         else:
-            scores = _scores(release.manifest, result)
-            if scores is not None and not np.isfinite(scores).all():
-                # The row's fault as often as the model's: it does not open the breaker, it is counted.
-                self._give_up(pending, "non_finite", fault=False)
-                return
-            if slot.release is release:
-                slot.failures = 0
-            pending.future.set_result(self._by_model(pending, result, scores))
+            try:
+                self._by_model(slot, release, requests, result)
+            except Exception as error:  # a fault of ours: whoever was not told yet must not wait for ever
+                log.exception("model %s: answers were lost", slot.name)
+                for request in requests:
+                    if not request.told:
+                        request.told = True
+                        request.then(error)
 
     def _give_up(self, request: _Request, reason: str, *, fault: bool = True) -> None:
         slot, release = request.slot, request.release
@@ -471,28 +497,67 @@ class Service:
             if slot.failures >= self._serving.breaker_failures:
                 # Half open after this time: one failure more opens it again, one success closes it.
                 slot.open_until = time.monotonic() + self._serving.breaker_seconds
-        request.future.set_result(
-            self._by_rules(slot, release, request.feeds, request.rows, reason, request.started)
-        )
+        request.told = True
+        try:
+            answer: Answer | Exception = self._by_rules(
+                slot, release, request.feeds, request.rows, reason, request.started
+            )
+        except Exception as error:
+            log.exception("model %s: its rules failed", slot.name)
+            answer = error
+        request.then(answer)
 
-    def _by_model(self, request: _Request, outputs: Feeds, scores: Scores | None) -> Answer:
-        slot, release = request.slot, request.release
-        manifest = release.manifest
+    def _by_model(self, slot: _Slot, release: _Release, requests: list[_Request], outputs: Feeds) -> None:
+        """Answer the requests of one batch; what costs a microsecond a call is done once for all of them."""
+        manifest, decision = release.manifest, release.manifest.decision
+        scores = _scores(manifest, outputs)
         failed = confidence = None
-        failed_rows = 0
-        if scores is not None and manifest.decision is not None:
-            failed, confidence = decide(scores, manifest.decision)
-            failed_rows = int(np.count_nonzero(failed))
-            self._offer_to_drift(slot, release, request.feeds, scores)
-        seconds = time.monotonic() - request.started
-        release.metrics.answered("ok", request.rows, failed_rows, seconds)
+        if scores is not None and decision is not None:
+            if not np.isfinite(scores).all():
+                # The rows' fault as often as the model's: it does not open the breaker, it is counted.
+                spoilt = [r for r in requests if not np.isfinite(scores[r.begin : r.begin + r.rows]).all()]
+                for request in spoilt:
+                    self._give_up(request, "non_finite", fault=False)
+                requests = [request for request in requests if not request.told]
+                if not requests:
+                    return
+                scores = np.nan_to_num(scores)  # of rows that are answered already
+            failed, confidence = decide(scores, decision)
         if slot.release is release:
-            slot.rows += request.rows
-        threshold = manifest.decision.threshold if manifest.decision else None
-        return Answer(
-            manifest.name, manifest.version, release.bundle.digest, "model", "ok",
-            outputs, scores, threshold, failed, confidence, seconds,
-        )  # fmt: skip
+            slot.failures = 0
+        now = time.monotonic()
+        rows = failed_rows = 0
+        for request in requests:
+            rows += request.rows
+        if failed is not None:
+            failed_rows = int(np.count_nonzero(failed))
+            if len(failed) != rows:  # some of the batch are answered otherwise
+                failed_rows = sum(int(np.count_nonzero(failed[r.begin : r.begin + r.rows])) for r in requests)
+        if slot.release is release:
+            slot.rows += rows
+        release.metrics.all_answered("ok", rows, failed_rows, [now - request.started for request in requests])
+        name, version, digest = manifest.name, manifest.version, release.bundle.digest
+        threshold = decision.threshold if decision is not None else None
+        whole = len(requests) == 1 and requests[0].begin == 0
+        for request in requests:
+            begin, end = request.begin, request.begin + request.rows
+            request.told = True
+            request.then(
+                Answer(
+                    name, version, digest, "model", "ok",
+                    outputs if whole else {key: value[begin:end] for key, value in outputs.items()},
+                    None if scores is None else scores[begin:end],
+                    threshold,
+                    None if failed is None else failed[begin:end],
+                    None if confidence is None else confidence[begin:end],
+                    now - request.started,
+                )
+            )  # fmt: skip
+        if scores is not None and release.detector is not None:
+            for request in requests:
+                if slot.unwatched_rows >= self._drift.max_rows_per_second:
+                    break
+                self._offer_to_drift(slot, request, scores[request.begin : request.begin + request.rows])
 
     def _by_rules(
         self, slot: _Slot, release: _Release, feeds: Feeds, rows: int, reason: str, started: float
@@ -521,10 +586,9 @@ class Service:
             outputs, scores, decision.threshold if decision else None, failed, confidence, seconds,
         )  # fmt: skip
 
-    def _offer_to_drift(self, slot: _Slot, release: _Release, feeds: Feeds, scores: Scores) -> None:
-        if release.detector is not None and slot.unwatched_rows < self._drift.max_rows_per_second:
-            slot.unwatched.append((next(iter(feeds.values())), scores))
-            slot.unwatched_rows += len(scores)
+    def _offer_to_drift(self, slot: _Slot, request: _Request, scores: Scores) -> None:
+        slot.unwatched.append((next(iter(request.feeds.values())), scores))
+        slot.unwatched_rows += request.rows
 
     async def _watch(self, slot: _Slot) -> None:
         release, rows = slot.release, slot.unwatched
@@ -545,9 +609,10 @@ class Service:
 class _Request(Pending):
     """A pending request, and where its answer goes."""
 
-    future: asyncio.Future[Answer]
+    then: Then
     slot: _Slot
     release: _Release
+    told: bool = False
 
 
 def _load(

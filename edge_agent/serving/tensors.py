@@ -76,9 +76,11 @@ def to_array(name: str, tensor: Tensor) -> Array:
     return Array(name, datatype, tensor.shape, data)
 
 
-def batchable(specs: Sequence[TensorSpec]) -> bool:
-    """Whether requests can be laid on top of each other: every first dimension varies."""
-    return all(spec.shape[:1] == (-1,) for spec in specs)
+def batchable(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
+    """Whether requests can be laid on top of each other: only the first dimension varies."""
+    return all(spec.shape[:1] == (-1,) for spec in (*inputs, *outputs)) and not any(
+        -1 in spec.shape[1:] for spec in inputs
+    )
 
 
 def conform(specs: Sequence[TensorSpec], inputs: Mapping[str, Tensor], max_rows: int) -> tuple[Feeds, int]:
@@ -90,6 +92,20 @@ def conform(specs: Sequence[TensorSpec], inputs: Mapping[str, Tensor], max_rows:
         InvalidInput: a tensor is missing or unknown, has the wrong rank, size or type, or the request has
             no row or more than ``max_rows``; names the tensor, what was expected and what came.
     """
+    if len(specs) == 1:  # nearly always: rows that fit as they are need no more than this
+        spec = specs[0]
+        tensor = inputs.get(spec.name)
+        if (
+            tensor is not None
+            and len(inputs) == 1
+            and tensor.ndim > 0
+            and tensor.shape[1:] == spec.shape[1:]
+            and spec.shape[0] == -1
+            and 1 <= tensor.shape[0] <= max_rows
+            and tensor.dtype == _DTYPES[spec.datatype]
+            and tensor.flags.c_contiguous
+        ):
+            return {spec.name: tensor}, tensor.shape[0]
     if len(inputs) != len(specs) or any(spec.name not in inputs for spec in specs):
         expected = ", ".join(spec.name for spec in specs)
         raise InvalidInput(f"inputs: expected {expected}, got {', '.join(inputs) or 'none'}")

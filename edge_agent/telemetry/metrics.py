@@ -1,18 +1,22 @@
 """Every metric of the agent, built once from a registry that is a parameter.
 
 Invariant: label sets exist at 0 from the start: a rate over a new series never misses its first event.
-Hot paths hold the children they increment; no label is looked up per request.
+Hot paths hold the children they increment; no label is looked up per request. What is observed per request
+is counted in plain lists and made into a family at scrape: the agent's loop is the only writer.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from edge_agent.contract import metric_names as names
 from edge_agent.contract.metric_names import Metric
@@ -27,7 +31,7 @@ class AgentMetrics:
         _Clock(registry)
         self._answers = self._counter(names.ANSWERS)
         self._decisions = self._counter(names.DECISIONS)
-        self._inference = self._histogram(names.INFERENCE_SECONDS, names.LATENCY_BUCKETS)
+        self._inference = _Durations(registry, names.INFERENCE_SECONDS, names.LATENCY_BUCKETS)
         self._batch = self._histogram(names.BATCH_ROWS, names.BATCH_BUCKETS)
         self._requests = self._counter(names.REQUESTS)
         self._model_info = self._gauge(names.MODEL_INFO)
@@ -66,7 +70,7 @@ class AgentMetrics:
             },
             passed=self._decisions.labels(model, version, "pass").inc,
             failed=self._decisions.labels(model, version, "fail").inc,
-            observe=self._inference.labels(model, version).observe,
+            observe=self._inference.labels(model, version).observe_all,
             batch=self._batch.labels(model, version).observe,
         )
 
@@ -144,7 +148,7 @@ class ReleaseMetrics:
         fallback: dict[str, Callable[[float], None]],
         passed: Callable[[float], None],
         failed: Callable[[float], None],
-        observe: Callable[[float], None],
+        observe: Callable[[Sequence[float]], None],
         batch: Callable[[float], None],
     ) -> None:
         self._ok, self._fallback = ok, fallback
@@ -153,12 +157,54 @@ class ReleaseMetrics:
 
     def answered(self, reason: str, rows: int, failed_rows: int, seconds: float) -> None:
         """Count one answered request: its rows, and how many of them were decided fail."""
+        self.all_answered(reason, rows, failed_rows, (seconds,))
+
+    def all_answered(self, reason: str, rows: int, failed_rows: int, seconds: Sequence[float]) -> None:
+        """Count the requests of one batch: their rows together, and what each of them took."""
         (self._ok if reason == "ok" else self._fallback[reason])(rows)
         if passed_rows := rows - failed_rows:
             self._passed(passed_rows)
         if failed_rows:
             self._failed(failed_rows)
         self._observe(seconds)
+
+
+class _Buckets:
+    """The counts of one label set; those of the buckets are not cumulated."""
+
+    __slots__ = ("_bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe_all(self, values: Sequence[float]) -> None:
+        """Count every value."""
+        bounds, counts = self._bounds, self.counts
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+        self.total += sum(values)
+
+
+class _Durations(Collector):
+    """A histogram that is cheap to write to, for what happens at every request."""
+
+    def __init__(self, registry: CollectorRegistry, metric: Metric, bounds: tuple[float, ...]) -> None:
+        self._metric, self._bounds = metric, bounds
+        self._children: dict[tuple[str, ...], _Buckets] = {}
+        registry.register(self)
+
+    def labels(self, *labels: str) -> _Buckets:
+        return self._children.setdefault(labels, _Buckets(self._bounds))
+
+    def collect(self) -> Iterable[Family]:
+        family = HistogramMetricFamily(self._metric.name, self._metric.help, labels=self._metric.labels)
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        for labels, child in self._children.items():
+            counts = accumulate(child.counts)
+            family.add_metric(labels, list(zip(bounds, map(float, counts), strict=True)), child.total)
+        yield family
 
 
 class _Clock(Collector):

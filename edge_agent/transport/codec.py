@@ -5,7 +5,8 @@ Invariants:
 - what comes in is either decoded completely or refused with an ``InvalidInput`` that names the field;
   nothing is allocated by a shape that somebody claims, only by bytes that somebody sent;
 - the same answer is the same bytes, whichever transport asks;
-- element by element work is done in C: msgspec to lists, numpy to arrays, nothing for binary tensors.
+- element by element work is done in C: numbers go straight to arrays (``numbers.py``); what that does not
+  take goes through msgspec to lists and numpy to arrays; binary tensors need none.
 
 Two bodies are spoken: Open Inference Protocol v2 (JSON, and the binary tensor extension of Triton and KServe,
 https://github.com/kserve/open-inference-protocol), and the decision API for people who have a row of numbers.
@@ -16,7 +17,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -26,6 +26,7 @@ from edge_agent.contract.manifest import Datatype, Manifest, TensorSpec
 from edge_agent.errors import EdgeError, InvalidInput
 from edge_agent.serving.service import Answer, ModelStatus
 from edge_agent.serving.tensors import Tensor, datatype_of, numpy_dtype
+from edge_agent.transport import numbers
 
 JSON: Final = "application/json"
 BINARY: Final = "application/octet-stream"
@@ -39,6 +40,7 @@ MAX_RANK: Final = 8  # dimensions of a tensor; onnxruntime's own models rarely p
 MAX_TENSORS: Final = 64  # tensors of one request; a manifest names no more
 MAX_ID: Final = 256  # characters of an echoed id
 
+_SAFE_SQUARES: Final = 1e76  # numbers whose squares add up to less are below 1e38, which float32 holds
 _MISSING_HINT: Final = "NaN and Infinity are not JSON: write null for a missing value"
 
 
@@ -46,8 +48,7 @@ _MISSING_HINT: Final = "NaN and Infinity are not JSON: write null for a missing 
 # Requests
 
 
-@dataclass(frozen=True, slots=True)
-class InferRequest:
+class InferRequest(msgspec.Struct, frozen=True, gc=False):
     """An Open Inference Protocol request, decoded.
 
     Attributes:
@@ -65,8 +66,7 @@ class InferRequest:
     binary: frozenset[str] | None
 
 
-@dataclass(frozen=True, slots=True)
-class PredictRequest:
+class PredictRequest(msgspec.Struct, frozen=True, gc=False):
     """A decision request, decoded. ``many`` tells a list of rows from one row."""
 
     id: str | None
@@ -77,8 +77,7 @@ class PredictRequest:
     many: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(msgspec.Struct, frozen=True, gc=False):
     """Bytes of a response. ``json_size`` is set for binary tensors: the length of the JSON before them."""
 
     data: bytes
@@ -199,6 +198,13 @@ def decode_predict(body: bytes, manifest: Callable[[str | None, str | None], Man
         InvalidInput: names the field, what was expected and what came.
         UnknownModel: by ``manifest``.
     """
+    values = numbers.only_field(body, "features")
+    if values is not None:
+        spec = feature_input(manifest(None, None))
+        array = _cast(values, numpy_dtype(spec.datatype), "features")
+        return PredictRequest(
+            None, None, None, {spec.name: array.reshape(-1, array.shape[-1])}, None, array.ndim == 2
+        )
     try:
         row = _PREDICT_ROW.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
@@ -235,6 +241,14 @@ def _decode_any_predict(
     spec = feature_input(manifest(request.model, request.version))
     dtype = numpy_dtype(spec.datatype)
     features = bytes(request.features)
+    values = numbers.rows(features)
+    if values is not None:
+        array = _cast(values, dtype, where)
+        rows = array.reshape(-1, array.shape[-1])
+        return PredictRequest(
+            request.id, request.model, request.version, {spec.name: rows}, _seconds(request.timeout_ms),
+            array.ndim == 2,
+        )  # fmt: skip
     many = True
     opening = features[:256].translate(None, b" \t\r\n")[:2]
     if opening in (b"[[", b"[]"):
@@ -285,8 +299,12 @@ def _from_json(tensor: _Input, where: str) -> Tensor:
     depth = len(tensor.shape) if data[:256].translate(None, b" \t\r\n")[:2] == b"[[" else 1
     if depth == 0:
         raise InvalidInput(f"{where}.shape: expected at least one dimension")
-    values = _decode(decoders[depth - 1], data, f"{where}.data")
-    array = _to_array(values, dtype, f"{where}.data")
+    numbers_of_it = numbers.rows(data) if dtype.kind == "f" and depth <= 2 else None
+    if numbers_of_it is not None and numbers_of_it.ndim == depth:
+        array = _cast(numbers_of_it, dtype, f"{where}.data")
+    else:
+        values = _decode(decoders[depth - 1], data, f"{where}.data")
+        array = _to_array(values, dtype, f"{where}.data")
     count = math.prod(tensor.shape)
     if array.size != count or (depth > 1 and list(array.shape) != tensor.shape):
         got = f"shape {list(array.shape)}" if depth > 1 else f"{array.size} elements"
@@ -404,6 +422,17 @@ def _why_malformed(data: bytes, message: str) -> str:
     return "not JSON: " + message.removeprefix("JSON is malformed: ")
 
 
+def _cast(values: numbers.Numbers, dtype: np.dtype[Any], where: str) -> Tensor:
+    """Numbers as the model's element type."""
+    if dtype == np.float32:
+        flat = values.reshape(-1)
+        # One multiplication a number, in C, says that all of them fit; a square may well overflow.
+        with np.errstate(over="ignore"):
+            if flat.dot(flat) < _SAFE_SQUARES:
+                return values.astype(np.float32)
+    return _to_array(values, dtype, where)
+
+
 def _to_array(values: Any, dtype: np.dtype[Any], where: str) -> Tensor:
     try:
         # A value that float32 cannot hold becomes infinity, which no JSON can say: it is caught below.
@@ -429,6 +458,7 @@ def _encode_ours(value: Any) -> Any:
 
 
 _ENCODER: Final = msgspec.json.Encoder(enc_hook=_encode_ours)
+_DECISIONS: Final = ("pass", "fail")  # by whether it failed
 
 
 class _Decided(msgspec.Struct, omit_defaults=True):
@@ -478,26 +508,24 @@ def encode_predict(answer: Answer, request: PredictRequest) -> Body:
     """An answer of the decision API: one object for one row, ``{"results": [...]}`` for a list of rows."""
     rows = next(iter(request.inputs.values())).shape[0]
     none: Sequence[Any] = [None] * rows
-    failed = none if answer.failed is None else answer.failed.tolist()
+    decisions = none if answer.failed is None else [_DECISIONS[flag] for flag in answer.failed.tolist()]
     scores = none if answer.score is None else answer.score.tolist()
     confidences = none if answer.confidence is None else answer.confidence.tolist()
-    latency = round(answer.seconds * 1e3, 4)
+    threshold, latency = answer.threshold, round(answer.seconds * 1e3, 4)
+    source, reason, model, version, id_ = (
+        answer.source,
+        answer.reason,
+        answer.model,
+        answer.version,
+        request.id,
+    )
     results = [
         _Decided(
-            decision=None if failed[row] is None else "fail" if failed[row] else "pass",
-            score=scores[row],
-            threshold=answer.threshold,
-            confidence=confidences[row],
-            source=answer.source,
-            reason=answer.reason,
-            model=answer.model,
-            version=answer.version,
-            latency_ms=latency,
-            outputs=_row_outputs(answer, row) if answer.failed is None else None,
-            id=request.id,
+            decisions[row], scores[row], threshold, confidences[row], source, reason, model, version, latency,
+            _row_outputs(answer, row) if answer.failed is None else None, id_,
         )
         for row in range(rows)
-    ]
+    ]  # fmt: skip
     return Body(_ENCODER.encode({"results": results} if request.many else results[0]))
 
 
