@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Final, Literal
 
 from edge_agent.contract.version import Version
 
@@ -73,6 +74,80 @@ class Budget:
     min_sqnr: float = 25.0  # dB: 5 % noise, below the spread of scores of one population
     min_agreement: float = 0.99
     max_auc_drop: float = 0.01
+
+
+class Target(StrEnum):
+    """The processor the bundle is for."""
+
+    CORTEX_A53 = "cortex-a53"
+    CORTEX_A72 = "cortex-a72"
+    CORTEX_A76 = "cortex-a76"
+    NEOVERSE_N1 = "neoverse-n1"
+    GENERIC_ARM64 = "generic-arm64"
+    X86_64 = "x86-64"
+
+
+_UNITS: Final = {
+    "": 1,
+    "B": 1,
+    "kB": 10**3,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShrinkConfig:
+    """How much smaller than INT8 alone: structured pruning, within the accuracy budget."""
+
+    prune: float | Literal["auto"] | None = None  # share of the weights to remove
+    target_size: int | None = None  # bytes of model.onnx; prunes as much as that needs
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is to be pruned."""
+        return self.prune is not None or self.target_size is not None
+
+    @staticmethod
+    def parse_prune(text: str) -> float | Literal["auto"] | None:
+        """Read ``none``, ``auto`` or a share of the weights to remove.
+
+        Raises:
+            ValueError: none of them; says what is expected.
+        """
+        if text == "none":
+            return None
+        if text == "auto":
+            return "auto"
+        try:
+            share = float(text)
+        except ValueError:
+            share = float("nan")
+        if not 0 < share < 1:
+            raise ValueError(
+                f"prune {text!r}: expected none, auto or a share of the weights to remove, 0 < SHARE < 1"
+            )
+        return share
+
+    @staticmethod
+    def parse_size(text: str) -> int:
+        """Read ``12MB``, ``300kB``, ``1.5MiB`` or a number of bytes.
+
+        Raises:
+            ValueError: none of them; says what is expected.
+        """
+        number = text.rstrip("kKMGiB")
+        factor = _UNITS.get(text[len(number) :].strip())
+        try:
+            size = float(number) * (factor or float("nan"))
+        except ValueError:
+            size = float("nan")
+        if not 0 < size < float("inf"):
+            raise ValueError(f"size {text!r}: expected a number and kB, MB, KiB or MiB, such as 12MB")
+        return int(size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
