@@ -1,4 +1,4 @@
-"""``GET /openapi.json``: every route in OpenAPI 3.1, by hand; ``GET /docs``: the same for people, offline.
+"""``GET /openapi.json``: every route in OpenAPI 3.1, written by hand.
 
 Invariant: the paths here are the paths of ``routes.py`` that the port answers (a test compares them), and
 every status that a route can give is listed.
@@ -534,6 +534,3 @@ def _with_not_ready(operation: _Schema, schema: str) -> _Schema:
         "content": {codec.JSON: {"schema": {"anyOf": [_ref(schema), _ref("Error")]}}},
     }
     return operation
-
-
-DOCS_PAGE: Final = b"""<!doctype html><title>placeholder</title>"""

@@ -30,8 +30,8 @@ from edge_agent.errors import EdgeError, InvalidInput, Unavailable
 from edge_agent.serving.service import Answer, Service
 from edge_agent.telemetry.metrics import AgentMetrics
 from edge_agent.transport import codec, statistics
-from edge_agent.transport.openapi import DOCS_PAGE, openapi_document
-from edge_agent.transport.page import PAGE
+from edge_agent.transport.openapi import openapi_document
+from edge_agent.transport.page import DOCS_PAGE, PAGE
 from edge_agent.transport.status import OUTCOMES, outcome, status_of
 
 log = logging.getLogger(__name__)
