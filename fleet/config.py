@@ -143,7 +143,7 @@ policy:
       - {{name: p99_seconds, compare: control, allowed_increase: 0.010, failure_limit: 2}}
 
 # Days until signed metadata expires; `edge-fleet serve` and `edge-fleet refresh` re-sign the online roles.
-expiry: {{root_days: 365, targets_days: 365, rollout_days: 30, snapshot_days: 7, timestamp_days: 1}}
+expiry: {{root_days: 365, targets_days: 365, rollout_days: 90, snapshot_days: 14, timestamp_days: 7}}
 """
 
 

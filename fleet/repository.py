@@ -68,13 +68,17 @@ ONLINE: Final = ("snapshot", "timestamp", ROLLOUT_ROLE)
 
 
 class ExpiryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Days until each role's metadata expires. Short where the key is online and re-signs by itself."""
+    """Days until each role's metadata expires. Short where the key is online and re-signs by itself.
+
+    An attacker who withholds updates is noticed when the timestamp expires; a week still lets a plant's link
+    or its release server be down over a holiday.
+    """
 
     root_days: float = 365.0
     targets_days: float = 365.0
-    rollout_days: float = 30.0
-    snapshot_days: float = 7.0
-    timestamp_days: float = 1.0
+    rollout_days: float = 90.0
+    snapshot_days: float = 14.0
+    timestamp_days: float = 7.0
 
     def days(self, role: str) -> float:
         """The lifetime of ``role``'s metadata, in days."""

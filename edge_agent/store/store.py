@@ -400,7 +400,12 @@ class Store:
                 *self.layout.models.iterdir(), *self.layout.releases.iterdir(),
             ]  # fmt: skip
         for path in staged:
-            self._disk.remove_tree(path)
+            try:
+                self._disk.remove_tree(path)
+            except StoreError as error:
+                # A worker that outlived its agent for a moment may still write there. It is only garbage, and
+                # the next start tries again: no reason not to serve.
+                logger.warning("%s", error)
         for folder in folders:
             if folder.is_dir():
                 self._disk.sweep(folder)

@@ -53,7 +53,12 @@ class Hands(Protocol):
 @contextlib.asynccontextmanager
 async def child_process(setup: Setup, silence_seconds: float) -> AsyncIterator[Hands]:
     """A worker in a process of its own, started now and gone afterwards."""
-    environment = {**os.environ, "TMPDIR": setup.scratch, "ORT_DISABLE_TELEMETRY": "1"}
+    environment = {
+        **os.environ,
+        "TMPDIR": setup.scratch,
+        "ORT_DISABLE_TELEMETRY": "1",
+        messages.AGENT_PID: str(os.getpid()),
+    }
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-P",  # the working directory is no place to import from

@@ -6,7 +6,7 @@ Paths, not contents: manifests and members lie in the staging folder that both k
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -16,7 +16,8 @@ from edge_agent.contract.assignments import Release, Share
 from edge_agent.errors import EdgeError, StoreError, UpdateRejected
 from edge_agent.update.source import SourceFailed
 
-MAX_LINE: int = 1 << 20  # bytes
+AGENT_PID: Final = "EDGE_AGENT_PID"  # in the worker's environment: the process it must not outlive
+MAX_LINE: Final = 1 << 20  # bytes
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):

@@ -174,11 +174,13 @@ def main() -> int:
 
 
 def _die_with_the_agent() -> None:
-    """A killed agent leaves no orphan that writes into a store somebody else has locked meanwhile."""
-    parent = os.getppid()
+    """A killed agent leaves no orphan that writes into a store somebody else has locked meanwhile.
+
+    The agent may have been killed before this line: whose child this was comes from the agent itself.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if os.environ.get(messages.AGENT_PID, str(os.getppid())) != str(os.getppid()):
         sys.exit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -332,3 +333,24 @@ def test_previous_is_absent_where_both_pointers_are_equal(store: Store, tmp_path
     bundle = activate(store, plain_bundle(tmp_path / "1", "1.0.0"))
     Disk().replace_symlink(store.layout.model("demo") / PREVIOUS, store.layout.target(bundle.digest))
     assert store.previous("demo") is None
+
+
+class _RefusesToRemove(Disk):
+    """As while an orphaned worker still writes into the folder: rmtree finds it not empty."""
+
+    def before(self, call: str, path: Path) -> None:
+        if call == "rmtree":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+
+def test_left_over_staging_that_cannot_be_removed_does_not_keep_the_agent_from_serving(
+    tmp_path: Path,
+) -> None:
+    Store.open(tmp_path).close()
+    left = tmp_path / "staging" / "left-by-a-killed-agent"
+    left.mkdir()
+    store = Store.open(tmp_path, _RefusesToRemove())
+    assert store.models() == []
+    store.close()
+    Store.open(tmp_path).close()
+    assert not left.exists()
