@@ -118,19 +118,20 @@ class Batcher:
 
     def _take(self) -> list[Pending]:
         batch: list[Pending] = []
+        late: list[Pending] = []
         rows = 0
         now = time.monotonic()
         while self._queue:
             request = self._queue[0]
             if request.done or request.deadline <= now:
-                self._queue.popleft()
-                self._end([request], None)
+                late.append(self._queue.popleft())
                 continue
             if batch and (not self._joinable or rows + request.rows > self._max_rows):
                 break
             batch.append(self._queue.popleft())
             request.begin = rows
             rows += request.rows
+        self._end(late, None)
         return batch
 
     def _give(self, outcomes: list[_Outcome]) -> None:

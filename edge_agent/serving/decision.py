@@ -6,29 +6,25 @@ threshold in units of ``spread``: 0.5 at the threshold, towards 1 far from it.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
 from edge_agent.contract.manifest import Decision
 
 Scores = npt.NDArray[np.float64]
-Flags = npt.NDArray[np.bool_]
 
 
-def decide(scores: Scores, decision: Decision) -> tuple[Flags, Scores]:
-    """Decide rows.
+def fails(score: float, decision: Decision) -> bool:
+    """Whether a row of this score is decided ``fail``."""
+    return score > decision.threshold
 
-    Args:
-        scores: (n,) finite scores.
-        decision: the manifest's decision block.
 
-    Returns:
-        ``failed`` (n,) and ``confidence`` (n,) in [0.5, 1].
-    """
-    distance = scores - decision.threshold
-    # 700 keeps exp() inside float64; the confidence is 1.0 long before.
-    confidence = 1.0 / (1.0 + np.exp(-np.minimum(np.abs(distance) / decision.spread, 700.0)))
-    return distance > 0, confidence
+def confidence(score: float, decision: Decision) -> float:
+    """How far a finite score is from the threshold, in [0.5, 1]."""
+    # 700 keeps exp() inside a float; the confidence is 1.0 long before.
+    return 1.0 / (1.0 + math.exp(-min(abs(score - decision.threshold) / decision.spread, 700.0)))
 
 
 def on_the_models_scale(rules_score: Scores, decision: Decision) -> Scores:

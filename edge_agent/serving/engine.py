@@ -75,7 +75,7 @@ class Engine:
         options.log_severity_level = 4
         self._options = options
         try:
-            values = self._session.run(None, dict(feeds), options)
+            values = self._session.run(self.output_names, feeds, options)
         except Exception as error:  # onnxruntime raises its own, unrelated types
             raise EngineError(f"onnxruntime raised: {_first_line(error)}") from error
         finally:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,13 +30,13 @@ from edge_agent.contract.bundle import MODEL, RULES, Bundle
 from edge_agent.contract.errors import ContractError
 from edge_agent.contract.golden import FILE_NAME as GOLDEN
 from edge_agent.contract.golden import parse as parse_golden
-from edge_agent.contract.manifest import Manifest
+from edge_agent.contract.manifest import Decision, Manifest
 from edge_agent.drift.detector import DriftDetector, DriftVerdict
 from edge_agent.errors import BadRules, EngineError, InvalidInput, Overloaded, Unavailable, UnknownModel
 from edge_agent.rules.evaluate import RuleSet, constant
 from edge_agent.serving import tensors
 from edge_agent.serving.batcher import Batcher, Pending
-from edge_agent.serving.decision import Flags, Scores, decide, on_the_models_scale
+from edge_agent.serving.decision import Scores, fails, on_the_models_scale
 from edge_agent.serving.engine import Engine
 from edge_agent.serving.tensors import Feeds, Tensor
 from edge_agent.telemetry.metrics import AgentMetrics, ReleaseMetrics
@@ -84,8 +85,8 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     """One answered request of n rows.
 
     ``source`` and ``reason`` say who answered and why. A fallback gives only the decision output, put on the
-    scale of the model, so that the manifest's threshold still holds. Without a decision block ``score``,
-    ``failed`` and ``confidence`` are None.
+    scale of the model, so that the manifest's threshold still holds. ``scores`` has n floats, and is None
+    exactly where ``decision``, the manifest's decision block, is.
     """
 
     model: str
@@ -94,11 +95,16 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     source: str
     reason: str
     outputs: dict[str, Tensor]
-    score: Scores | None
-    threshold: float | None
-    failed: Flags | None
-    confidence: Scores | None
+    scores: list[float] | None
+    decision: Decision | None
     seconds: float
+
+    @property
+    def failed(self) -> list[bool] | None:
+        """What was decided on each row."""
+        if self.scores is None or self.decision is None:
+            return None
+        return [fails(score, self.decision) for score in self.scores]
 
 
 Then = Callable[[Answer | Exception], None]
@@ -473,11 +479,13 @@ class Service:
         requests = cast("list[_Request]", pending)
         slot, release = requests[0].slot, requests[0].release
         if result is None:
+            self._fault(slot, release)
             for request in requests:
                 self._give_up(request, "deadline")
         elif isinstance(result, EngineError):
             if slot.failures == 0:
                 log.warning("model %s %s: %s", slot.name, release.manifest.version, result)
+            self._fault(slot, release)
             for request in requests:
                 self._give_up(request, "model_error")
         else:
@@ -490,13 +498,16 @@ class Service:
                         request.told = True
                         request.then(error)
 
-    def _give_up(self, request: _Request, reason: str, *, fault: bool = True) -> None:
-        slot, release = request.slot, request.release
-        if fault and slot.release is release:
+    def _fault(self, slot: _Slot, release: _Release) -> None:
+        """The engine raised, or was late: once for all requests it was late for in one turn of the loop."""
+        if slot.release is release:
             slot.failures += 1
             if slot.failures >= self._serving.breaker_failures:
                 # Half open after this time: one failure more opens it again, one success closes it.
                 slot.open_until = time.monotonic() + self._serving.breaker_seconds
+
+    def _give_up(self, request: _Request, reason: str) -> None:
+        slot, release = request.slot, request.release
         request.told = True
         try:
             answer: Answer | Exception = self._by_rules(
@@ -511,52 +522,47 @@ class Service:
         """Answer the requests of one batch; what costs a microsecond a call is done once for all of them."""
         manifest, decision = release.manifest, release.manifest.decision
         scores = _scores(manifest, outputs)
-        failed = confidence = None
-        if scores is not None and decision is not None:
-            if not np.isfinite(scores).all():
+        values: list[float] | None = None
+        if scores is not None:
+            values = scores.tolist()
+            if not math.isfinite(sum(values)) and not np.isfinite(scores).all():
                 # The rows' fault as often as the model's: it does not open the breaker, it is counted.
-                spoilt = [r for r in requests if not np.isfinite(scores[r.begin : r.begin + r.rows]).all()]
-                for request in spoilt:
-                    self._give_up(request, "non_finite", fault=False)
+                for request in requests:
+                    if not np.isfinite(scores[request.begin : request.begin + request.rows]).all():
+                        self._give_up(request, "non_finite")
                 requests = [request for request in requests if not request.told]
-                if not requests:
-                    return
-                scores = np.nan_to_num(scores)  # of rows that are answered already
-            failed, confidence = decide(scores, decision)
-        if slot.release is release:
-            slot.failures = 0
         now = time.monotonic()
         rows = failed_rows = 0
-        for request in requests:
-            rows += request.rows
-        if failed is not None:
-            failed_rows = int(np.count_nonzero(failed))
-            if len(failed) != rows:  # some of the batch are answered otherwise
-                failed_rows = sum(int(np.count_nonzero(failed[r.begin : r.begin + r.rows])) for r in requests)
-        if slot.release is release:
-            slot.rows += rows
-        release.metrics.all_answered("ok", rows, failed_rows, [now - request.started for request in requests])
+        answers = []
+        alone = len(requests) == 1 and requests[0].begin == 0
         name, version, digest = manifest.name, manifest.version, release.bundle.digest
-        threshold = decision.threshold if decision is not None else None
-        whole = len(requests) == 1 and requests[0].begin == 0
         for request in requests:
             begin, end = request.begin, request.begin + request.rows
-            request.told = True
-            request.then(
-                Answer(
-                    name, version, digest, "model", "ok",
-                    outputs if whole else {key: value[begin:end] for key, value in outputs.items()},
-                    None if scores is None else scores[begin:end],
-                    threshold,
-                    None if failed is None else failed[begin:end],
-                    None if confidence is None else confidence[begin:end],
-                    now - request.started,
-                )
+            rows += request.rows
+            answer = Answer(
+                name, version, digest, "model", "ok",
+                outputs if alone else {key: value[begin:end] for key, value in outputs.items()},
+                values if alone or values is None else values[begin:end],
+                decision,
+                now - request.started,
             )  # fmt: skip
-        if scores is not None and release.detector is not None:
-            for request in requests:
-                if slot.unwatched_rows >= self._drift.max_rows_per_second:
-                    break
+            answers.append(answer)
+            if answer.failed is not None:
+                failed_rows += sum(answer.failed)
+        if not answers:
+            return
+        if slot.release is release:
+            slot.failures = 0
+            slot.rows += rows
+        release.metrics.all_answered("ok", rows, failed_rows, [answer.seconds for answer in answers])
+        for request, answer in zip(requests, answers, strict=True):
+            request.told = True
+            request.then(answer)
+            if (
+                release.detector is not None
+                and scores is not None
+                and slot.unwatched_rows < self._drift.max_rows_per_second
+            ):
                 self._offer_to_drift(slot, request, scores[request.begin : request.begin + request.rows])
 
     def _by_rules(
@@ -565,13 +571,13 @@ class Service:
         manifest = release.manifest
         decision = manifest.decision
         outputs: dict[str, Tensor] = {}
-        scores = failed = confidence = None
+        values: list[float] | None = None
         failed_rows = 0
         if decision is not None:
             verdicts = release.rules.evaluate(_rows(manifest, feeds, rows))
             scores = on_the_models_scale(verdicts.score, decision)
-            failed, confidence = verdicts.failed, decide(scores, decision)[1]
-            failed_rows = int(np.count_nonzero(failed))
+            values = scores.tolist()
+            failed_rows = int(np.count_nonzero(verdicts.failed))
             spec = next(output for output in manifest.outputs if output.name == decision.output)
             shape = (rows, *(1 for _ in spec.shape[1:]))
             outputs[spec.name] = scores.astype(tensors.numpy_dtype(spec.datatype)).reshape(shape)
@@ -583,7 +589,7 @@ class Service:
                 slot.fallback_rows += rows
         return Answer(
             manifest.name, manifest.version, release.bundle.digest, "fallback", reason,
-            outputs, scores, decision.threshold if decision else None, failed, confidence, seconds,
+            outputs, values, decision, seconds,
         )  # fmt: skip
 
     def _offer_to_drift(self, slot: _Slot, request: _Request, scores: Scores) -> None:

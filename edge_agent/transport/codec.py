@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from edge_agent.contract.manifest import Datatype, Manifest, TensorSpec
 from edge_agent.errors import EdgeError, InvalidInput
+from edge_agent.serving.decision import confidence, fails
 from edge_agent.serving.service import Answer, ModelStatus
 from edge_agent.serving.tensors import Tensor, datatype_of, numpy_dtype
 from edge_agent.transport import numbers
@@ -40,6 +42,7 @@ MAX_RANK: Final = 8  # dimensions of a tensor; onnxruntime's own models rarely p
 MAX_TENSORS: Final = 64  # tensors of one request; a manifest names no more
 MAX_ID: Final = 256  # characters of an echoed id
 
+_FLOAT32: Final = numpy_dtype(Datatype.FP32)
 _SAFE_SQUARES: Final = 1e76  # numbers whose squares add up to less are below 1e38, which float32 holds
 _MISSING_HINT: Final = "NaN and Infinity are not JSON: write null for a missing value"
 
@@ -128,6 +131,9 @@ class _Predict(msgspec.Struct):
     version: str | None = None
     timeout_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
+
+# A stranger's 1e300 is refused, which is no news; entering ``numpy.errstate`` costs more than the rest of it.
+warnings.filterwarnings("ignore", "overflow encountered in dot", RuntimeWarning)
 
 _INFER: Final = msgspec.json.Decoder(_Infer)
 _PREDICT_ROW: Final = msgspec.json.Decoder(_PredictRow)
@@ -424,12 +430,14 @@ def _why_malformed(data: bytes, message: str) -> str:
 
 def _cast(values: numbers.Numbers, dtype: np.dtype[Any], where: str) -> Tensor:
     """Numbers as the model's element type."""
-    if dtype == np.float32:
+    if dtype is _FLOAT32:
         flat = values.reshape(-1)
-        # One multiplication a number, in C, says that all of them fit; a square may well overflow.
-        with np.errstate(over="ignore"):
+        # One multiplication a number, in C, says that all of them fit.
+        try:
             if flat.dot(flat) < _SAFE_SQUARES:
-                return values.astype(np.float32)
+                return values.astype(_FLOAT32)
+        except RuntimeWarning:  # where warnings are errors; contextlib.suppress has a cost
+            pass
     return _to_array(values, dtype, where)
 
 
@@ -507,30 +515,27 @@ def encode_infer(answer: Answer, request: InferRequest) -> Body:
 def encode_predict(answer: Answer, request: PredictRequest) -> Body:
     """An answer of the decision API: one object for one row, ``{"results": [...]}`` for a list of rows."""
     rows = next(iter(request.inputs.values())).shape[0]
-    none: Sequence[Any] = [None] * rows
-    decisions = none if answer.failed is None else [_DECISIONS[flag] for flag in answer.failed.tolist()]
-    scores = none if answer.score is None else answer.score.tolist()
-    confidences = none if answer.confidence is None else answer.confidence.tolist()
-    threshold, latency = answer.threshold, round(answer.seconds * 1e3, 4)
-    source, reason, model, version, id_ = (
-        answer.source,
-        answer.reason,
-        answer.model,
-        answer.version,
-        request.id,
-    )
-    results = [
-        _Decided(
-            decisions[row], scores[row], threshold, confidences[row], source, reason, model, version, latency,
-            _row_outputs(answer, row) if answer.failed is None else None, id_,
-        )
-        for row in range(rows)
-    ]  # fmt: skip
+    decision, scores = answer.decision, answer.scores
+    source, reason, model, version = answer.source, answer.reason, answer.model, answer.version
+    latency = round(answer.seconds * 1e3, 4)
+    if decision is not None and scores is not None:
+        threshold = decision.threshold
+        results = [
+            _Decided(
+                _DECISIONS[fails(score, decision)], score, threshold, confidence(score, decision),
+                source, reason, model, version, latency, None, request.id,
+            )
+            for score in scores
+        ]  # fmt: skip
+    else:
+        results = [
+            _Decided(
+                None, None, None, None, source, reason, model, version, latency,
+                {name: array[row].tolist() for name, array in answer.outputs.items()}, request.id,
+            )
+            for row in range(rows)
+        ]  # fmt: skip
     return Body(_ENCODER.encode({"results": results} if request.many else results[0]))
-
-
-def _row_outputs(answer: Answer, row: int) -> dict[str, Any]:
-    return {name: array[row].tolist() for name, array in answer.outputs.items()}
 
 
 def encode_json(value: Any) -> bytes:

@@ -2,7 +2,7 @@
 
 Invariants:
 
-- an inference request costs no task: it is parsed, submitted, and answered from the future's callback;
+- an inference request costs no task: it is parsed, submitted, and answered when the service calls back;
   so everything readable in one turn of the loop reaches the service in that turn, and goes through the model
   together;
 - answers leave a connection in the order of its requests, however they were pipelined;
@@ -320,8 +320,7 @@ class _Connection(asyncio.Protocol):
         self._deaf = True
         self._forget_reading()
         for exchange in self._queue:
-            if exchange.future is not None:
-                exchange.future.cancel()
+            exchange.gone = True
         self._queue.clear()
         self._server.left(self)
 

@@ -2,7 +2,7 @@
 
 Invariants:
 
-- an inference request costs no task: it is submitted here and answered from the future's callback;
+- an inference request costs no task: it is submitted here and answered when the service calls back;
 - a caller's mistake gets a 4xx with one ``{"error": ...}`` sentence and is not logged; only a bug of ours is;
 - admin routes are answered on the control socket only;
 - on a guarded port everything wants a token or certificate but ``OPEN``: what says nothing about this device.
@@ -94,7 +94,7 @@ class Exchange:
     authorization: bytes | None = None
     route: Route | None = None
     refusal: Refusal | None = None  # known before the body ended; the body is thrown away
-    future: asyncio.Future[Answer] | None = None
+    gone: bool = False  # the client is: nobody waits for the answer
     response: bytes | None = None
 
     def body(self) -> bytes:
@@ -272,39 +272,29 @@ class Routes:
             _json_size(exchange.json_size),
             lambda: self._service.manifest(route.model, route.version),
         )
-        future = self._service.submit(route.model, route.version, request.inputs, deadline=request.deadline)
-        self._promise(exchange, future, lambda answer: codec.encode_infer(answer, request))
+        exchange.parts = []  # the tensors hold what is still needed of it
+        then = functools.partial(self._answered, exchange, codec.encode_infer, request)
+        self._service.ask(route.model, route.version, request.inputs, then, deadline=request.deadline)
 
     def _predict(self, exchange: Exchange, _: Route) -> None:
         request = codec.decode_predict(exchange.body(), self._service.manifest)
-        future = self._service.submit(
-            request.model, request.version, request.inputs, deadline=request.deadline
-        )
-        self._promise(exchange, future, lambda answer: codec.encode_predict(answer, request))
-
-    def _promise(
-        self,
-        exchange: Exchange,
-        future: asyncio.Future[Answer],
-        encode: Callable[[Answer], codec.Body],
-    ) -> None:
-        exchange.parts = []  # the tensors hold what is still needed of it
-        exchange.future = future
-        if future.done():
-            self._answered(exchange, encode, future)
-        else:
-            future.add_done_callback(functools.partial(self._answered, exchange, encode))
+        exchange.parts = []
+        then = functools.partial(self._answered, exchange, codec.encode_predict, request)
+        self._service.ask(request.model, request.version, request.inputs, then, deadline=request.deadline)
 
     def _answered(
         self,
         exchange: Exchange,
-        encode: Callable[[Answer], codec.Body],
-        future: asyncio.Future[Answer],
+        encode: Callable[[Answer, Any], codec.Body],
+        request: codec.InferRequest | codec.PredictRequest,
+        answer: Answer | Exception,
     ) -> None:
-        if future.cancelled():  # the client went away
+        if exchange.gone:
             return
         try:
-            body = encode(future.result())
+            if isinstance(answer, Exception):
+                raise answer
+            body = encode(answer, request)
         except Exception as error:
             self._fail(exchange, error)
             return
