@@ -7,25 +7,25 @@ from hypothesis import strategies as st
 
 from edge_agent.contract.manifest import Decision
 from edge_agent.contract.metric_names import MODEL_STATES, REASONS
-from edge_agent.serving.decision import decide, on_the_models_scale
+from edge_agent.serving.decision import confidence, fails, on_the_models_scale
 from edge_agent.serving.service import Facts, choose
 
 FINITE = st.floats(-1e6, 1e6)
 
 
 def test_a_score_fails_strictly_above_the_threshold():
-    failed, confidence = decide(np.array([1.0, 2.0, 3.0]), Decision("score", 2.0, spread=0.5))
-    assert failed.tolist() == [False, False, True]
-    assert confidence[1] == 0.5
-    assert confidence[0] == confidence[2] == pytest.approx(1 / (1 + np.exp(-2)))
+    decision = Decision("score", 2.0, spread=0.5)
+    assert [fails(score, decision) for score in (1.0, 2.0, 3.0)] == [False, False, True]
+    assert confidence(2.0, decision) == 0.5
+    assert confidence(1.0, decision) == confidence(3.0, decision) == pytest.approx(1 / (1 + np.exp(-2)))
 
 
 @given(st.lists(FINITE, min_size=1, max_size=20), FINITE, st.floats(1e-6, 1e3))
 def test_confidence_is_between_a_half_and_one_and_grows_with_the_distance(scores, threshold, spread):
-    values = np.sort(np.abs(np.array(scores) - threshold)) + threshold
-    _, confidence = decide(values, Decision("score", threshold, spread=spread))
-    assert ((confidence >= 0.5) & (confidence <= 1)).all()
-    assert (np.diff(confidence) >= 0).all()
+    values = (np.sort(np.abs(np.array(scores) - threshold)) + threshold).tolist()
+    grown = [confidence(value, Decision("score", threshold, spread=spread)) for value in values]
+    assert all(0.5 <= value <= 1 for value in grown)
+    assert grown == sorted(grown)
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=20), FINITE)

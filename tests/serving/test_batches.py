@@ -1,0 +1,85 @@
+"""A row's answer does not depend on what travelled with it: a quantized bundle, alone and in every batch."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from edge_agent.config import DriftConfig, EngineConfig, ServingConfig
+from edge_agent.contract.bundle import Bundle, open_bundle
+from edge_agent.serving.service import Answer, Service
+from edge_agent.telemetry.metrics import AgentMetrics
+from tests.quantize import models
+from tests.quantize.models import quantize
+
+SIZES = range(1, 65)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Static INT8, made by quantize-model from a dense autoencoder."""
+    folder = tmp_path_factory.mktemp("int8")
+    data = folder / "calibration.npz"
+    np.savez(data, X=models.rows(300))
+    model = models.autoencoder(folder / "model.onnx")
+    assert quantize(model, data, folder / "out", "--scale", "standard") == 0
+    return open_bundle(folder / "out" / "unit-1.2.3")
+
+
+@pytest.mark.parametrize("inline", [True, False], ids=["on the loop", "in a thread"])
+def test_a_row_alone_and_in_every_batch_size_gets_the_same_bits(bundle: Bundle, inline: bool) -> None:
+    assert bundle.manifest.precision == "int8"
+    rows = np.concatenate([models.rows(60, seed=5), models.bad_rows(4)])
+
+    async def story() -> None:
+        registry = CollectorRegistry()
+        engine = EngineConfig(inline_below_ms=1000.0 if inline else 0.0, max_batch_rows=64)
+        service = Service(
+            ServingConfig(deadline_ms=60_000),
+            engine,
+            DriftConfig(enabled=False),
+            AgentMetrics(registry, "test", "0"),
+        )
+        await service.start("unit", bundle)
+
+        def ask(row: np.ndarray) -> asyncio.Future[Answer]:
+            return service.submit("unit", None, {"x": row[None]})
+
+        alone = [await ask(row) for row in rows]
+        assert {answer.source for answer in alone} == {"model"}
+        for size in SIZES:
+            together = await asyncio.gather(*[ask(row) for row in rows[:size]])
+            in_one = await service.submit("unit", None, {"x": rows[:size]})
+            for index, (one, other) in enumerate(zip(alone, together, strict=False)):
+                assert other.outputs["score"].tobytes() == one.outputs["score"].tobytes(), (size, index)
+                assert in_one.outputs["score"][index : index + 1].tobytes() == one.outputs["score"].tobytes()
+                assert other.scores == one.scores
+        labels = {"model": "unit", "version": bundle.manifest.version}
+        asked = len(rows) + sum(SIZES) + sum(SIZES)
+        assert registry.get_sample_value("edge_batch_rows_sum", labels) == asked
+        batches = registry.get_sample_value("edge_batch_rows_count", labels)
+        if inline:
+            assert batches == len(rows) + 2 * len(SIZES)
+
+    asyncio.run(story())
+
+
+def test_an_answer_keeps_its_values_when_the_next_batch_uses_the_same_buffer(bundle: Bundle) -> None:
+    async def story() -> None:
+        metrics = AgentMetrics(CollectorRegistry(), "test", "0")
+        service = Service(
+            ServingConfig(deadline_ms=60_000), EngineConfig(), DriftConfig(enabled=False), metrics
+        )
+        await service.start("unit", bundle)
+        rows = models.rows(8, seed=6)
+        asked = [service.submit("unit", None, {"x": row[None]}) for row in rows]
+        first = await asyncio.gather(*asked)
+        kept = [answer.outputs["score"].copy() for answer in first]
+        for _ in range(3):
+            await asyncio.gather(*[service.submit("unit", None, {"x": row[None]}) for row in rows[::-1] * 2])
+        assert [answer.outputs["score"].tobytes() for answer in first] == [value.tobytes() for value in kept]
+
+    asyncio.run(story())
