@@ -2,6 +2,10 @@
 
 ``run`` is the story of an agent's life, top to bottom. Answers come first: the store is recovered, what it
 holds is taken up, the doors open; only then are updates followed.
+
+SIGTERM and SIGINT stop it, SIGHUP reads the configuration again: what is wrong changes nothing, what is
+right is taken up where it can be (``http``, ``mqtt``, ``remote_write``, ``log_level``) and named in the log
+where it waits for the next start.
 """
 
 from __future__ import annotations
@@ -12,21 +16,24 @@ import ctypes
 import gc
 import logging
 import os
+import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from edge_agent import __version__
 from edge_agent.config import CONTROL_SOCKET, Config
-from edge_agent.errors import StoreError, UnknownModel
+from edge_agent.errors import ConfigError, StoreError, UnknownModel
 from edge_agent.serving.service import Service
 from edge_agent.store.store import Store
-from edge_agent.telemetry import health
+from edge_agent.telemetry import health, logs
+from edge_agent.telemetry.logs import EventLog
 from edge_agent.telemetry.metrics import AgentMetrics
 from edge_agent.telemetry.remote_write import RemoteWriter
 from edge_agent.transport.http import HttpServer
@@ -34,23 +41,33 @@ from edge_agent.transport.mqtt import MqttTransport
 from edge_agent.update.updater import Updater
 
 log = logging.getLogger(__name__)
+events = EventLog(__name__)
 
 DRAIN_SECONDS: Final = 5.0  # below Kubernetes' and systemd's default patience, see docs/operations.md
+PULSE_SECONDS: Final = 1.0  # how often the event loop shows that it turns
+LIVE_SECTIONS: Final = ("http", "mqtt", "remote_write", "log_level")  # taken up by SIGHUP
 
 
-async def run(config: Config, *, started: Callable[[str], None] = lambda _: None) -> None:
+async def run(
+    config: Config,
+    *,
+    started: Callable[[str], None] = lambda _: None,
+    reread: Callable[[], Config] | None = None,
+) -> None:
     """Run the agent until SIGTERM or SIGINT.
 
     Args:
         config: what to do.
         started: told the URL once the agent answers.
+        reread: the configuration as it is now; called on SIGHUP. None: SIGHUP changes nothing.
 
     Raises:
         StoreError: the store cannot be opened; another agent has it, or the disk refuses.
-        ConfigError: an address cannot be listened on.
+        ConfigError: an address cannot be listened on, a file that the configuration names cannot be read.
     """
     _limit_heap()
-    stop = _stop_on_signals()
+    signals = _signals()
+    await asyncio.to_thread(check_files, config)
     store = await asyncio.to_thread(Store.open, Path(config.store))
     try:
         metrics = AgentMetrics(CollectorRegistry(), config.device, __version__)
@@ -68,37 +85,161 @@ async def run(config: Config, *, started: Callable[[str], None] = lambda _: None
         gc.freeze()  # what lives now lives for ever: the collector need not look at it again
 
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(service.watch_drift(), name="drift")]
-            if config.updates.source:
-                background.append(tasks.create_task(updater.run(), name="updates"))
-            if config.mqtt is not None:
-                mqtt = MqttTransport(config.mqtt, config.device, service, metrics)
-                background.append(tasks.create_task(mqtt.run(), name="mqtt"))
-            if config.remote_write is not None:
-                queue = Path(config.store) / "metrics"
-                writer = RemoteWriter(config.remote_write, queue, metrics, config.device)
-                background.append(tasks.create_task(writer.run(), name="remote-write"))
-            _notify("READY=1")
+            background = Background(tasks)
+            background.start("pulse", agent.watch_loop())
+            background.start("drift", service.watch_drift())
+            background.start("updates", updater.run())  # without a source: probation and repair only
+            connections = Connections(config, service, metrics, background)
+            connections.start(config)
+            _notify(f"READY=1\nSTATUS=answers on {http.url}")
             started(http.url)
 
-            await stop.wait()
+            while await signals.get() == signal.SIGHUP:
+                _notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+                config = await _reload(config, reread, http, connections)
+                agent.config = config
+                _notify(f"READY=1\nSTATUS=answers on {http.url}")
+
             _notify("STOPPING=1")
+            events.event("agent_stopping", drain_seconds=DRAIN_SECONDS)
             await http.stop(DRAIN_SECONDS)
-            for task in background:
-                task.cancel()
+            background.cancel()
     finally:
         store.close()
+
+
+def check_files(config: Config) -> None:
+    """Whatever the configuration names and is read later can be read now: a start tells, not a night.
+
+    Raises:
+        ConfigError: names the key, the file and why.
+    """
+    named = {"mqtt.password_file": config.mqtt.password_file if config.mqtt else None}
+    if config.updates.source:
+        named["updates.root"] = config.updates.root
+    for key, path in named.items():
+        if path is None:
+            continue
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"{key} {path}: {error.strerror}; correct the path or its permissions"
+            ) from error
+
+
+async def _reload(
+    config: Config, reread: Callable[[], Config] | None, http: HttpServer, connections: Connections
+) -> Config:
+    """The configuration that holds from now on: the new one, or the old one if the new one is wrong."""
+    if reread is None:
+        return config
+    try:
+        new = await asyncio.to_thread(reread)
+        await asyncio.to_thread(check_files, new)
+        prepared = connections.prepare(new)
+        if new.http != config.http:
+            await http.reconfigure(new.http)
+    except ConfigError as error:
+        events.error("configuration_refused", reason=str(error), now="the old one stays in force")
+        return config
+    await connections.replace(prepared)
+    logs.configure(new.log_level)
+    before, after = msgspec.structs.asdict(config), msgspec.structs.asdict(new)
+    changed = [key for key in after if after[key] != before[key]]
+    waiting = [key for key in changed if key not in LIVE_SECTIONS]
+    events.event("configuration_reloaded", changed=changed, at_next_start=waiting)
+    # What waits is still what runs: the next reload compares with that.
+    return msgspec.structs.replace(new, **{key: before[key] for key in waiting})
+
+
+class Background:
+    """The long-lived tasks by name, all of one TaskGroup, each of which may be replaced."""
+
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self._tasks = tasks
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` until it is replaced or everything stops."""
+        self._running[name] = self._tasks.create_task(work, name=name)
+
+    async def end(self, name: str) -> None:
+        """End one and wait for it."""
+        task = self._running.pop(name, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    def cancel(self) -> None:
+        """End all."""
+        for task in self._running.values():
+            task.cancel()
+
+
+class Connections:
+    """What this agent connects to: the broker and the metrics receiver, as the configuration has them."""
+
+    def __init__(
+        self, config: Config, service: Service, metrics: AgentMetrics, background: Background
+    ) -> None:
+        self._device = config.device
+        self._queue = Path(config.store) / "metrics"
+        self._service = service
+        self._metrics = metrics
+        self._background = background
+        self._in_force: dict[str, Any] = {"mqtt": None, "remote_write": None}
+
+    def start(self, config: Config) -> None:
+        """Begin what is configured.
+
+        Raises:
+            ConfigError: as ``prepare``.
+        """
+        for name, (section, connection) in self.prepare(config).items():
+            self._begin(name, section, connection)
+
+    def prepare(self, config: Config) -> dict[str, tuple[Any, MqttTransport | RemoteWriter | None]]:
+        """What ``replace`` would begin: the changed sections, each with its new connection, if any.
+
+        Raises:
+            ConfigError: a section is wrong; nothing was changed.
+        """
+        prepared: dict[str, tuple[Any, MqttTransport | RemoteWriter | None]] = {}
+        if (broker := config.mqtt) != self._in_force["mqtt"]:
+            prepared["mqtt"] = (
+                broker,
+                MqttTransport(broker, self._device, self._service, self._metrics) if broker else None,
+            )
+        if (receiver := config.remote_write) != self._in_force["remote_write"]:
+            prepared["remote_write"] = (
+                receiver,
+                RemoteWriter(receiver, self._queue, self._metrics, self._device) if receiver else None,
+            )
+        return prepared
+
+    async def replace(self, prepared: dict[str, tuple[Any, MqttTransport | RemoteWriter | None]]) -> None:
+        """End the old connection of each section, then begin the new one."""
+        for name, (section, connection) in prepared.items():
+            await self._background.end(name)
+            self._begin(name, section, connection)
+
+    def _begin(self, name: str, section: Any, connection: MqttTransport | RemoteWriter | None) -> None:
+        self._in_force[name] = section
+        if connection is not None:
+            self._background.start(name, connection.run())
 
 
 class Agent:
     """What an operator may ask of a running agent, over the control socket."""
 
     def __init__(self, config: Config, store: Store, service: Service, updater: Updater) -> None:
-        self._config = config
+        self.config = config
         self._store = store
         self._service = service
         self._updater = updater
         self._since = time.time()
+        self._late = 0.0  # seconds by which the loop was late at its last beat
 
     async def take_up(self, model: str) -> None:
         """Serve what the store holds for a model, the rules if the model itself is damaged."""
@@ -106,15 +247,29 @@ class Agent:
         previous = await asyncio.to_thread(self._readable, self._store.previous, model)
         await self._service.start(model, current or previous, previous)
 
+    async def watch_loop(self) -> None:
+        """Note how late the event loop is, and tell systemd's watchdog that it turns; for ever."""
+        interval = PULSE_SECONDS
+        wanted = _watchdog_seconds()
+        if wanted is not None:
+            interval = min(interval, wanted / 2)
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(interval)
+            self._late = max(0.0, time.monotonic() - before - interval)
+            if wanted is not None:
+                _notify("WATCHDOG=1")
+
     async def status(self) -> dict[str, Any]:
         """Everything ``edge-agent status`` shows."""
         statuses = self._service.statuses()
         updates = self._updater.status()
+        queue_share, disk_free = await asyncio.to_thread(self._measure_disk)
         return {
-            "device": self._config.device,
+            "device": self.config.device,
             "agent": __version__,
             "uptime_seconds": round(time.time() - self._since, 1),
-            "store": self._config.store,
+            "store": self.config.store,
             "models": [
                 {
                     "name": status.name,
@@ -137,6 +292,9 @@ class Agent:
                     {status.name: status.state for status in statuses},
                     metadata_expires=updates.get("metadata_expires"),
                     now=time.time(),
+                    loop_late_seconds=self._late,
+                    queue_share=queue_share,
+                    disk_free_bytes=disk_free,
                 )
             ),
         }
@@ -163,6 +321,18 @@ class Agent:
         """Free a model's memory; its rules answer until it is loaded again."""
         self._service.unload(model)
 
+    def _measure_disk(self) -> tuple[float | None, int | None]:
+        """How full the metrics queue is, 0 to 1, and the bytes free in the store; None where unknown."""
+        share = free = None
+        store = Path(self.config.store)
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(store).free
+        if self.config.remote_write is not None:
+            with contextlib.suppress(OSError):  # a segment may go while we look
+                size = sum(entry.stat().st_size for entry in os.scandir(store / "metrics"))
+                share = size / self.config.remote_write.max_queue_bytes
+        return share, free
+
     @staticmethod
     def _readable(read: Callable[[str], Any], model: str) -> Any:
         try:
@@ -172,12 +342,13 @@ class Agent:
             return None
 
 
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
+def _signals() -> asyncio.Queue[signal.Signals]:
+    """SIGTERM, SIGINT and SIGHUP, in the order they came."""
+    came: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, came.put_nowait, number)
+    return came
 
 
 def _limit_heap() -> None:
@@ -190,6 +361,16 @@ def _limit_heap() -> None:
         libc = ctypes.CDLL(None)
         for parameter in (-1, -3):
             libc.mallopt(parameter, 131072)
+
+
+def _watchdog_seconds() -> float | None:
+    """How often systemd wants to hear from us (sd_watchdog_enabled(3)); None if it does not listen."""
+    try:
+        meant = int(os.environ.get("WATCHDOG_PID") or os.getpid()) == os.getpid()
+        seconds = int(os.environ.get("WATCHDOG_USEC") or 0) / 1e6
+    except ValueError:
+        return None
+    return seconds if meant and seconds > 0 else None
 
 
 def _notify(state: str) -> None:

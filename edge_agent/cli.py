@@ -1,7 +1,7 @@
-"""edge-agent: run | status | verify | install | rollback.
+"""edge-agent: run | status | verify | install | rollback | bench | token.
 
-Exit codes: 0 done, 1 an expected failure (one line on stderr), 2 usage, 130 interrupted. With ``--json`` the
-result is one JSON object on stdout.
+Exit codes: 0 done, 1 an expected failure (one line on stderr), 2 usage, 3 a fault of ours (a traceback), 130
+interrupted. With ``--json`` the result is one JSON object on stdout.
 
 ``status``, ``install`` and ``rollback`` talk to the agent that holds the store, through its control socket;
 where none runs, they work on the store themselves. Either way the same code does the work.
@@ -18,9 +18,10 @@ import os
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 # numpy's BLAS would start a thread per core and 30 MB of buffers; nothing here multiplies large matrices.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -30,6 +31,9 @@ from edge_agent import config as configs
 from edge_agent.config import CONTROL_SOCKET, Config
 from edge_agent.contract.errors import ContractError
 from edge_agent.errors import ConfigError, EdgeError, StoreError
+
+if TYPE_CHECKING:
+    from edge_agent.contract.bundle import Bundle
 
 SYSTEM_CONFIG: Final = Path("/etc/edge-agent/agent.yaml")
 CONTROL_TIMEOUT: Final = 600.0  # seconds: an install runs the self-test on a slow device
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ExceptionGroup as group:  # a task of the agent ended it: the first expected failure says why
         expected = group.subgroup((EdgeError, ContractError))
         if expected is None:
-            raise
+            return _our_fault()
         first: BaseException = expected
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
@@ -54,6 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        return _our_fault()
+
+
+def _our_fault() -> int:
+    traceback.print_exc()
+    print("edge-agent: this is a fault of edge-agent; please report it with the lines above", file=sys.stderr)
+    return 3
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,6 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     install.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle folder or .tar")
     back = with_store(verb("rollback", _rollback, "go back to the previous release, at once and offline"))
     back.add_argument("model", nargs="?", metavar="MODEL", help="needed where there are several")
+    bench = verb("bench", _bench, "measure bundles on this device: latency, throughput, memory")
+    bench.add_argument(
+        "bundles", nargs="+", type=Path, metavar="BUNDLE", help="folders or .tar files; several are compared"
+    )
+    bench.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="time for each bundle (default: 5)"
+    )
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    token = verb("token", _token, "make a token for a client of the HTTP port; printed once, kept as a hash")
+    token.add_argument("name", metavar="NAME", help="whose it is; what --revoke and the logs call it")
+    token.add_argument("--file", type=Path, metavar="FILE", help="the token file (default: http.tokens_file)")
+    token.add_argument("--revoke", action="store_true", help="take NAME's token back instead")
     return parser
 
 
@@ -98,21 +125,33 @@ def _run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     logs.configure(config.log_level)
     for line in _missing(config):
-        print(f"edge-agent: {line}", file=sys.stderr)
+        _say("not_configured", line)
 
     def started(url: str) -> None:
-        print(
-            f"edge-agent {__version__}: device {config.device} answers on {url}", file=sys.stderr, flush=True
-        )
+        text = f"edge-agent {__version__}: device {config.device} answers on {url}"
+        _say("agent_started", text, url=url, device=config.device, version=__version__)
+
+    async def life() -> None:
+        await app.run(config, started=started, reread=lambda: _config(arguments))
 
     try:
         import uvloop
     except ImportError:
-        asyncio.run(app.run(config, started=started))
+        asyncio.run(life())
         return 0
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(app.run(config, started=started))
+        runner.run(life())
     return 0
+
+
+def _say(event: str, text: str, **fields: Any) -> None:
+    """A sentence for the person at the terminal; for a log collector, an event with it."""
+    from edge_agent.telemetry.logs import EventLog
+
+    if sys.stderr.isatty():
+        print(text if text.startswith("edge-agent") else f"edge-agent: {text}", file=sys.stderr, flush=True)
+    else:
+        EventLog(__name__).event(event, message=text, **fields)
 
 
 def _missing(config: Config) -> list[str]:
@@ -185,16 +224,21 @@ def _status_of_store(config: Config) -> dict[str, Any]:
     return {"device": config.device, "store": config.store, "models": models, "updates": {"models": records}}
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _opened(path: Path, folder: str) -> Bundle:
+    """A bundle folder, or a .tar unpacked into ``folder``."""
     from edge_agent.contract.bundle import open_bundle, unpack
+
+    if not path.exists():
+        raise ConfigError(f"{path}: no such bundle; give a bundle folder or a .tar")
+    return open_bundle(path) if path.is_dir() else unpack(path, Path(folder))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
     from edge_agent.update.selftest import run_self_test
 
     config = _config(arguments)
     with tempfile.TemporaryDirectory(prefix="edge-agent-") as folder:
-        path: Path = arguments.bundle
-        if not path.exists():
-            raise ConfigError(f"{path}: no such bundle; give a bundle folder or a .tar")
-        bundle = open_bundle(path) if path.is_dir() else unpack(path, Path(folder))
+        bundle = _opened(arguments.bundle, folder)
         bundle.verify()
         report = run_self_test(bundle, config.engine)
     result = {
@@ -212,6 +256,50 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(f"members  {len(manifest.members)}, all as the manifest says")
         print(f"golden   {report.message}")
     return 0 if report.passed else 1
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from edge_agent.serving import bench
+    from edge_agent.telemetry import logs
+
+    config = _config(arguments)
+    logs.configure("error")
+    if not arguments.seconds > 0:
+        raise ConfigError(f"--seconds {arguments.seconds:g}: expected a time above 0")
+    results = []
+    for path in arguments.bundles:
+        with tempfile.TemporaryDirectory(prefix="edge-agent-") as folder:
+            bundle = _opened(path, folder)
+            results.append(asyncio.run(bench.measure(bundle, config, arguments.seconds)))
+    if arguments.json:
+        _print_json(bench.as_dict(results, config))
+    else:
+        print(bench.text(results, config))
+    return 0
+
+
+def _token(arguments: argparse.Namespace) -> int:
+    from edge_agent.transport.doors import Tokens
+
+    config = _config(arguments)
+    file = arguments.file or (Path(config.http.tokens_file) if config.http.tokens_file else None)
+    if file is None:
+        raise ConfigError("no token file: set http.tokens_file in agent.yaml, or give --file FILE")
+    tokens = Tokens.read(file) if file.exists() else Tokens({})
+    if arguments.revoke:
+        tokens.without(arguments.name).write(file)
+        print(f"edge-agent: the token of {arguments.name} is revoked in {file}", file=sys.stderr)
+        return 0
+    tokens, token = tokens.with_new(arguments.name)
+    tokens.write(file)
+    print(token)
+    print(
+        f"edge-agent: only its hash is kept, in {file}; clients send: Authorization: Bearer TOKEN",
+        file=sys.stderr,
+    )
+    if not config.http.tokens_file:
+        print(f"edge-agent: set http.tokens_file: {file} in agent.yaml", file=sys.stderr)
+    return 0
 
 
 def _install(arguments: argparse.Namespace) -> int:

@@ -147,7 +147,9 @@ class Config(_Section, frozen=True):
 
 
 def default_store() -> Path:
-    """/var/lib/edge-agent for root, else $XDG_STATE_HOME/edge-agent."""
+    """StateDirectory= of systemd, else /var/lib/edge-agent for root, else $XDG_STATE_HOME/edge-agent."""
+    if from_systemd := os.environ.get("STATE_DIRECTORY"):
+        return Path(from_systemd.partition(":")[0])
     if os.geteuid() == 0:
         return Path("/var/lib/edge-agent")
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"

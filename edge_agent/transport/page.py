@@ -25,7 +25,7 @@ margin:1rem 0}
 .soft{color:var(--soft)}.good{color:var(--good)}.warn{color:var(--warn)}.bad{color:var(--bad)}
 .chip{background:var(--chip);border-radius:1rem;padding:.1rem .7rem;font-size:.85rem;font-weight:600}
 .row{display:flex;flex-wrap:wrap;gap:.3rem 1rem;align-items:baseline}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(19rem,1fr));gap:1.2rem 2rem;
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(24rem,100%),1fr));gap:1.2rem 2.5rem;
 margin-top:1rem}
 .figures{display:flex;flex-wrap:wrap;gap:.4rem 2rem;margin-top:.8rem}
 .figures div{min-width:5.5rem}.figures b{display:block;font-size:1.3rem;font-weight:600}
@@ -33,9 +33,10 @@ table{border-collapse:collapse;width:100%}
 td,th{text-align:left;padding:.22rem .6rem .22rem 0;vertical-align:top}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;padding-right:0}
 tr+tr td{border-top:1px solid var(--line)}
-svg{width:100%;height:auto;display:block}svg text{font:10px system-ui,sans-serif;fill:var(--soft)}
+svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
 .share{display:flex;height:.7rem;border-radius:.35rem;overflow:hidden;background:var(--chip);gap:2px}
-.share i{display:block}.key{display:inline-block;width:.7rem;height:.7rem;border-radius:.2rem;margin-right:.4rem}
+.share i{display:block}
+.key{display:inline-block;width:.7rem;height:.7rem;border-radius:.2rem;margin-right:.4rem}
 code,pre{font:13px/1.45 ui-monospace,monospace;background:var(--chip);border-radius:.3rem;
 padding:.1rem .3rem}
 pre{padding:.7rem;overflow:auto;white-space:pre-wrap;margin:.3rem 0}
@@ -125,7 +126,7 @@ function quantile(buckets, share) {{  // the upper bound of the bucket that hold
   return '–';
 }}
 function histogram(buckets) {{
-  const width = 440, height = 150, base = 118, step = width / buckets.length;
+  const width = 480, height = 150, base = 116, step = width / buckets.length;
   const top = Math.max(1, ...buckets.map(bucket => bucket.count));
   const svg = draw('svg', {{viewBox: `0 0 ${{width}} ${{height}}`, role: 'img',
     'aria-label': 'how long answers took'}});
@@ -136,7 +137,8 @@ function histogram(buckets) {{
       fill: 'var(--model)'}});
     const label = bucket.le === Infinity ? 'more' : span(bucket.le);
     bar.append(draw('title', {{}}, `${{label}}: ${{count(bucket.count)}} requests`));
-    svg.append(bar, draw('text', {{x: (index + .5) * step, y: base + 13, 'text-anchor': 'middle'}}, label));
+    svg.append(bar, draw('text', {{x: (index + .5) * step, y: base + 14, 'text-anchor': 'middle'}},
+      label.replace(' ', '')));
     if (bucket.count) svg.append(draw('text', {{x: (index + .5) * step, y: base - tall - 4,
       'text-anchor': 'middle'}}, bucket.count < 1e4 ? bucket.count : (bucket.count / 1e3).toFixed(0) + 'k'));
   }});
@@ -170,7 +172,7 @@ function card(model, samples, updates, now) {{
   const last = before.get(model.name);
   before.set(model.name, {{rows, now}});
   const rate = last && now > last.now ? Math.max(0, rows - last.rows) / (now - last.now) : null;
-  let below = 0;
+  let below = 0;  // the buckets of the exposition are cumulated
   const buckets = mine.filter(s => s.name === 'edge_inference_duration_seconds_bucket'
       && s.labels.version === model.version)
     .map(s => ({{le: s.labels.le === '+Inf' ? Infinity : Number(s.labels.le), count: s.value}}))
