@@ -26,6 +26,8 @@ Limit = Annotated[int, msgspec.Meta(ge=0)]
 Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
 T = TypeVar("T")
 
+_MAX_DEPTH: Final = 32  # levels; policies and inventories need six
+
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pass
@@ -178,12 +180,26 @@ def read_yaml(path: Path) -> Any:
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        content = yaml.load(path.read_bytes(), Loader=loader)  # noqa: S506 - both are safe loaders
+        data = path.read_bytes()
+        _refuse_depth(data, loader, path)
+        content = yaml.load(data, Loader=loader)  # noqa: S506 - both are safe loaders
     except OSError as error:
         raise FleetConfigError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise FleetConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     return {} if content is None else content
+
+
+def _refuse_depth(data: bytes, loader: Any, path: Path) -> None:
+    """Refuse what libyaml would crash on: it builds nested values recursively, in C."""
+    depth = 0
+    for event in yaml.parse(data, Loader=loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _MAX_DEPTH:
+                raise FleetConfigError(f"{path}: nested deeper than {_MAX_DEPTH} levels")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 def convert(content: Any, expected: type[T], where: str) -> T:

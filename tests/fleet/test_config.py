@@ -75,3 +75,10 @@ def test_a_wrong_inventory_is_refused(tmp_path: Path, text: str, message: str) -
 def test_a_folder_without_a_fleet_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FleetConfigError, match=r"is no fleet .* -C DIR, or make one: edge-fleet init DIR"):
         folder.find(tmp_path)
+
+
+def test_a_file_of_brackets_is_one_line_not_the_end_of_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text("[" * 100_000)
+    with pytest.raises(FleetConfigError, match="nested deeper than 32 levels"):
+        config.load(path)
