@@ -1,0 +1,1 @@
+"""agent.yaml: what people mistype is named, with what they may have meant."""
