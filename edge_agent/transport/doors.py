@@ -29,7 +29,7 @@ from typing import Final
 from edge_agent.config import HttpConfig, TlsConfig
 from edge_agent.errors import ConfigError
 
-RENEWAL_SECONDS: Final = 2.0  # how often the files behind the doors are looked at
+RENEWAL_SECONDS: Final = 1.0  # how often the files behind the doors are looked at
 MAX_TOKENS: Final = 1024
 MAX_CLIENTS: Final = 4096  # clients whose rate is remembered; the one seen longest ago is forgotten first
 
