@@ -5,7 +5,8 @@ Invariants:
 - telemetry is switched off before onnxruntime is imported: official wheels since 1.29 phone home
   otherwise, and the decision is latched for the process;
 - only the CPU provider, no custom operators, no fall-back that re-creates a session behind our back;
-- whatever onnxruntime raises becomes an ``EngineError``.
+- whatever onnxruntime raises becomes an ``EngineError``, also that it is missing or broken: it is imported
+  with the first model, so that an agent without it still answers from the rules.
 
 The default options are the low-jitter profile: one thread that never spins (spinning keeps other cores busy
 for nothing), no arena (it only grows), see docs/benchmarks.md.
@@ -13,39 +14,53 @@ for nothing), no arena (it only grows), see docs/benchmarks.md.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime as ort
 
 from edge_agent.config import EngineConfig
 from edge_agent.errors import EngineError
 from edge_agent.serving.tensors import Feeds, Tensor
 
-VERSION = str(ort.__version__)
+if TYPE_CHECKING:
+    import onnxruntime
+
+try:
+    VERSION = importlib.metadata.version("onnxruntime")
+except importlib.metadata.PackageNotFoundError:
+    VERSION = "not installed"
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 class Engine:
     """One loaded model. ``run`` may be called from any thread, one call at a time."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, run_options: Callable[[], onnxruntime.RunOptions]
+    ) -> None:
         self._session = session
+        self._run_options = run_options
         self.input_names: list[str] = [node.name for node in session.get_inputs()]
         self.output_names: list[str] = [node.name for node in session.get_outputs()]
-        self._options: ort.RunOptions | None = None
+        self._options: onnxruntime.RunOptions | None = None
 
     @classmethod
     def load(cls, path: Path, config: EngineConfig) -> Engine:
         """Load a model file.
 
         Raises:
-            EngineError: onnxruntime refuses it; says why in its words.
+            EngineError: onnxruntime refuses it, or is not there; says why in its words.
         """
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise EngineError(f"onnxruntime cannot be imported: {_first_line(error)}; install it") from error
         options = ort.SessionOptions()
         options.intra_op_num_threads = config.threads
         options.inter_op_num_threads = 1
@@ -63,7 +78,7 @@ class Engine:
                 f"{path.name}: onnxruntime {VERSION} cannot load it: {_first_line(error)}"
             ) from error
         session.disable_fallback()
-        return cls(session)
+        return cls(session, ort.RunOptions)
 
     def run(self, feeds: Mapping[str, Tensor]) -> Feeds:
         """Run the model once.
@@ -71,7 +86,7 @@ class Engine:
         Raises:
             EngineError: onnxruntime raised, or ``abort`` was called meanwhile.
         """
-        options = ort.RunOptions()
+        options = self._run_options()
         options.log_severity_level = 4
         self._options = options
         try:

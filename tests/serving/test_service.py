@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 import time
 
 import msgspec
@@ -344,3 +346,24 @@ def test_drift_is_seen_in_answered_rows_and_forgotten_at_a_swap(tmp_path):
             await watch
 
     asyncio.run(story())
+
+
+def test_without_onnxruntime_the_rules_answer(tmp_path):
+    tiny_bundle(tmp_path / "b")
+    story = (
+        "import sys, asyncio, pathlib\n"
+        "sys.modules['onnxruntime'] = None  # as if it were not installed: importing it raises ImportError\n"
+        "import numpy as np\n"
+        "from edge_agent.contract.bundle import open_bundle\n"
+        "from tests.serving.test_service import Rig, BAD\n"
+        "async def main():\n"
+        "    rig = Rig()\n"
+        "    await rig.service.start('demo', open_bundle(pathlib.Path(sys.argv[1])))\n"
+        "    answer = await rig.ask(BAD)\n"
+        "    print(answer.source, answer.reason, list(answer.failed), rig.service.statuses()[0].reason)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", story, str(tmp_path / "b")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("fallback model_error [True] onnxruntime cannot be imported"), done
