@@ -1,7 +1,7 @@
 """``quantize-model``: FP32 ONNX model in, INT8 bundle out.
 
-Exit codes: 0 the bundle is written, 1 an expected failure (one line on stderr, nothing left behind), 2 wrong
-usage, 130 interrupted.
+Exit codes: 0 the bundle is written (or what was asked is printed), 1 an expected failure (one line on stderr,
+nothing left behind), 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,36 +16,47 @@ from typing import Any
 from edge_agent.contract import wire
 from edge_agent.contract.manifest import check_name
 from edge_agent.contract.version import Version
-from quantize.config import Budget, Impute, PrepareConfig, QuantizeConfig, Scale, Score, Threshold
+from quantize.config import (
+    Budget,
+    PrepareConfig,
+    QuantizeConfig,
+    Scale,
+    Score,
+    ShrinkConfig,
+    Target,
+    Threshold,
+)
 from quantize.errors import QuantizeError
+
+# onnx and onnxruntime take half a second to import: --help and wrong usage do not wait for them, so each
+# command imports what it runs.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
-    config = QuantizeConfig(
-        model=arguments.model,
-        calibration=arguments.calibration,
-        validation=arguments.validation,
-        name=arguments.name,
-        version=arguments.version,
-        out=arguments.out,
-        prepare=PrepareConfig(impute=arguments.impute, scale=arguments.scale, score=arguments.score),
-        threshold=arguments.threshold,
-        budget=Budget(min_sqnr=arguments.min_sqnr, max_auc_drop=arguments.max_drop),
-        overwrite=arguments.overwrite,
-    )
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    _check_usage(parser, arguments)
     try:
-        # onnx and onnxruntime take half a second to import: --help and wrong usage do not wait for them.
-        from quantize.pipeline import StepLog, build
-
-        built = build(config, StepLog(io.StringIO() if arguments.quiet else sys.stderr))
+        if arguments.inspect:
+            return _inspect(arguments)
+        if arguments.compare:
+            return _compare(arguments)
+        if arguments.verify:
+            return _verify(arguments)
+        return _build(arguments)
     except QuantizeError as error:
         sys.stderr.write(f"quantize-model: {error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nquantize-model: interrupted, nothing was written\n")
         return 130
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from quantize.pipeline import StepLog, build
+
+    built = build(_config(arguments), StepLog(io.StringIO() if arguments.quiet else sys.stderr))
     if arguments.json:
         sys.stdout.write(wire.to_json(built.facts).decode())
     else:
@@ -53,23 +64,107 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    from quantize.inspect import facts_of, text_of
+
+    facts = facts_of(arguments.model, dict(arguments.settings), trust=arguments.trust)
+    sys.stdout.write(wire.to_json(facts).decode() if arguments.json else text_of(facts))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from quantize import report
+
+    if arguments.json:
+        sys.stdout.write(wire.to_json(report.compare_facts(*arguments.compare)).decode())
+    else:
+        sys.stdout.write(f"{report.compare_bundles(*arguments.compare)}\n")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from quantize.verify import verify_bundle
+
+    verified = verify_bundle(arguments.verify, emulate=arguments.emulate)
+    sys.stdout.write(f"{verified.text}\n")
+    return 1 if verified.failed else 0
+
+
+def _config(arguments: argparse.Namespace) -> QuantizeConfig:
+    threshold = arguments.threshold
+    if threshold is None:
+        # A classifier chooses the class it finds more probable than all others together.
+        threshold = Threshold() if arguments.fail_class is None else Threshold(quantile=None, value=0.5)
+    impute, constant = arguments.impute
+    return QuantizeConfig(
+        model=arguments.model,
+        calibration=arguments.calibration,
+        validation=arguments.validation,
+        name=arguments.name,
+        version=arguments.version,
+        out=arguments.out,
+        prepare=PrepareConfig(
+            impute=impute,
+            constant=constant,
+            scale=arguments.scale,
+            score=arguments.score,
+            fail_class=arguments.fail_class,
+        ),
+        threshold=threshold,
+        budget=Budget(min_sqnr=arguments.min_sqnr, max_auc_drop=arguments.max_drop),
+        shrink=ShrinkConfig(prune=arguments.prune, target_size=arguments.target_size),
+        target=arguments.target,
+        settings=dict(arguments.settings),
+        trust=arguments.trust,
+        emulate=arguments.emulate,
+        overwrite=arguments.overwrite,
+    )
+
+
+def _check_usage(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """What argparse cannot say: each command has arguments of its own."""
+    other = arguments.compare or arguments.verify
+    if arguments.model is None and not other:
+        parser.error("the following arguments are required: MODEL")
+    if other or arguments.inspect:
+        return
+    needed = ("calibration", "name", "version", "out")
+    missing = [f"--{name}" for name in needed if getattr(arguments, name) is None]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantize-model",
         description="Turn an FP32 ONNX model into an INT8 bundle for edge-agent: DIR/NAME-VERSION/ and .tar.",
+        allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("model", type=Path, metavar="MODEL.onnx", help="the FP32 model")
-    add("--calibration", type=Path, required=True, metavar="DATA", help="good rows: .npz, .npy or .csv")
+    bundle = parser.add_argument_group("the bundle")
+    add = bundle.add_argument
+    add("model", type=Path, nargs="?", metavar="MODEL", help="FP32: .onnx, or .joblib, .skops, .pt2")
+    add("--calibration", type=Path, metavar="DATA", help="good rows: .npz, .npy, .csv or a folder of .npz")
     add("--validation", type=Path, metavar="DATA", help="held-out rows, with labels y (1 = bad) if there are")
-    add("--name", type=_checked(check_name), required=True, help="the model's name")
-    add("--version", type=_checked(Version), required=True, help="MAJOR.MINOR.PATCH")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the bundle is written")
+    add("--name", type=_checked(check_name), help="the model's name")
+    add("--version", type=_checked(Version), help="MAJOR.MINOR.PATCH")
+    add("--out", type=Path, metavar="DIR", help="where the bundle is written")
+    add("--overwrite", action="store_true", help="replace an existing version of another content")
+
+    add = parser.add_argument_group("what goes into the graph").add_argument
+    add(
+        "--set",
+        type=_checked(_setting),
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="INPUT=VALUE",
+        help="make an input a constant; If nodes that ask for it become the branch they take",
+    )
     add(
         "--impute",
-        type=_checked(Impute),
-        default=Impute.MEDIAN,
-        metavar="|".join(Impute),
+        type=_checked(PrepareConfig.parse_impute),
+        default=PrepareConfig.parse_impute("median"),
+        metavar="median|mean|constant:VALUE|none",
         help="what stands in for a missing value (default: median)",
     )
     add(
@@ -84,15 +179,18 @@ def _parser() -> argparse.ArgumentParser:
         type=_checked(Score),
         default=Score.AUTO,
         metavar="|".join(Score),
-        help="mse: reconstruction error; none: the model's own output (default: auto)",
+        help="mse, mae, weighted: reconstruction error; softmax, argmax: classes; none: the model's "
+        "own output (default: auto)",
     )
+    add("--fail-class", type=int, metavar="K", help="of a classifier: rows of class K (from 0) fail")
     add(
         "--threshold",
         type=_checked(Threshold.parse),
-        default=Threshold(),
-        metavar="quantile:Q|VALUE",
-        help="scores above it fail (default: quantile:0.995 of the calibration scores)",
+        metavar="quantile:Q|fpr:X|f1|cost:FN/FP|VALUE",
+        help="scores above it fail (default: quantile:0.995 of the calibration scores; 0.5 with --fail-class)",
     )
+
+    add = parser.add_argument_group("how accurate, how small").add_argument
     add(
         "--min-sqnr", type=float, default=Budget.min_sqnr, metavar="DB", help="accuracy budget without labels"
     )
@@ -103,10 +201,46 @@ def _parser() -> argparse.ArgumentParser:
         metavar="AUC",
         help="accuracy budget with labels",
     )
-    add("--overwrite", action="store_true", help="replace an existing version of another content")
-    add("--json", action="store_true", help="print the report as JSON instead of the table")
+    add(
+        "--prune",
+        type=_checked(ShrinkConfig.parse_prune),
+        metavar="none|auto|SHARE",
+        help="share of the weights to remove (default: none)",
+    )
+    add(
+        "--target-size",
+        type=_checked(ShrinkConfig.parse_size),
+        metavar="SIZE",
+        help="largest model.onnx, such as 12MB: prunes as much as that needs",
+    )
+    add(
+        "--target",
+        type=_checked(Target),
+        default=Target.GENERIC_ARM64,
+        metavar="|".join(Target),
+        help="the processor that the report speaks of (default: generic-arm64)",
+    )
+
+    add = parser.add_argument_group("other commands").add_argument
+    add("--inspect", action="store_true", help="say what MODEL is and what can be done with it")
+    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two bundles or reports, figure by figure")
+    add("--verify", type=Path, metavar="BUNDLE", help="run a bundle's golden vectors here")
+    add("--emulate", type=Path, metavar="PYTHON", help="run golden vectors under this aarch64 Python, too")
+    add("--trust", action="store_true", help="read files that can run code (.joblib, .pkl)")
+    add("--json", action="store_true", help="print JSON instead of text")
     add("--quiet", action="store_true", help="no progress on stderr")
     return parser
+
+
+def _setting(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if not name or not abs(number) < float("inf"):
+        raise ValueError(f"set {text!r}: expected INPUT=VALUE with a number, such as sr=16000")
+    return name, number
 
 
 def _checked(convert: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +16,7 @@ class Impute(StrEnum):
 
     MEDIAN = "median"
     MEAN = "mean"
+    CONSTANT = "constant"  # one number for all: PrepareConfig.constant
     NONE = "none"
 
 
@@ -23,6 +25,7 @@ class Scale(StrEnum):
 
     STANDARD = "standard"  # (x - mean) / standard deviation
     MINMAX = "minmax"  # (x - min) / (max - min)
+    ROBUST = "robust"  # (x - median) / (75 % quantile - 25 % quantile)
     NONE = "none"  # the model takes raw numbers
 
 
@@ -31,36 +34,68 @@ class Score(StrEnum):
 
     AUTO = "auto"  # MSE if the output has the input's shape, else as NONE
     MSE = "mse"  # mean squared reconstruction error against the scaled input
+    MAE = "mae"  # mean absolute one
+    WEIGHTED = "weighted"  # mean squared one, each feature by what is usual for it on calibration rows
+    SOFTMAX = "softmax"  # the model's output is logits: probabilities; with a fail class its probability
+    ARGMAX = "argmax"  # the chosen class; with a fail class 1 where it is chosen, else 0
     NONE = "none"  # a single-valued output is the score; without one the task is raw
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Threshold:
-    """Where pass ends: a quantile of the calibration scores, or a number."""
+    """Where pass ends: a quantile of calibration scores, a number, or what held-out rows ask for.
+
+    ``fpr`` takes good rows, ``f1`` and ``cost`` need labelled ones; none sees a row of the final judgement.
+    """
 
     quantile: float | None = 0.995
     value: float | None = None
+    fpr: float | None = None  # share of good rows that may fail
+    f1: bool = False
+    cost: tuple[float, float] | None = None  # of a bad row passed, of a good row failed
 
     @classmethod
     def parse(cls, text: str) -> Threshold:
-        """Read ``quantile:Q`` or a number.
+        """Read ``quantile:Q``, ``fpr:X``, ``f1``, ``cost:FN/FP`` or a number.
 
         Raises:
-            ValueError: neither; says what is expected.
+            ValueError: none of them; says what is expected.
         """
         kind, _, argument = text.partition(":")
         try:
-            number = float(argument) if kind == "quantile" else float(text)
+            if text == "f1":
+                return cls(quantile=None, f1=True)
+            if kind == "cost":
+                missed, _, alarm = argument.partition("/")
+                cost = (float(missed), float(alarm))
+                if all(0 < each < float("inf") for each in cost):
+                    return cls(quantile=None, cost=cost)
+            elif kind in ("quantile", "fpr"):
+                share = float(argument)
+                if 0 < share < 1:
+                    return cls(quantile=share) if kind == "quantile" else cls(quantile=None, fpr=share)
+            elif abs(float(text)) < float("inf"):
+                return cls(quantile=None, value=float(text))
         except ValueError:
-            number = float("nan")
-        if kind == "quantile" and 0 < number < 1:
-            return cls(quantile=number)
-        if kind != "quantile" and abs(number) < float("inf"):
-            return cls(quantile=None, value=number)
-        raise ValueError(f"threshold {text!r}: expected quantile:Q with 0 < Q < 1, or a number")
+            pass
+        raise ValueError(
+            f"threshold {text!r}: expected quantile:Q or fpr:X with 0 < Q, X < 1, f1, cost:FN/FP (of a bad "
+            "row passed and of a good row failed), or a number"
+        )
 
     def __str__(self) -> str:
-        return f"quantile:{self.quantile:g}" if self.quantile is not None else f"{self.value:g}"
+        if self.value is not None:
+            return f"{self.value:g}"
+        if self.cost is not None:
+            return f"cost:{self.cost[0]:g}/{self.cost[1]:g}"
+        if self.f1:
+            return "f1"
+        return f"fpr:{self.fpr:g}" if self.fpr is not None else f"quantile:{self.quantile:g}"
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether only labelled rows can tell."""
+        return self.f1 or self.cost is not None
 
 
 @dataclass(frozen=True)  # no slots: the command line reads the defaults from the class
@@ -155,8 +190,32 @@ class PrepareConfig:
     """What becomes part of the graph."""
 
     impute: Impute = Impute.MEDIAN
+    constant: float = 0.0  # what stands in with Impute.CONSTANT
     scale: Scale = Scale.NONE
     score: Score = Score.AUTO
+    fail_class: int | None = None  # of a classifier: the class whose probability is the score
+
+    @property
+    def impute_text(self) -> str:
+        """As the command line takes it."""
+        return f"constant:{self.constant:g}" if self.impute is Impute.CONSTANT else self.impute
+
+    @staticmethod
+    def parse_impute(text: str) -> tuple[Impute, float]:
+        """Read ``median``, ``mean``, ``none`` or ``constant:VALUE``.
+
+        Raises:
+            ValueError: none of them; says what is expected.
+        """
+        kind, _, argument = text.partition(":")
+        try:
+            if kind == Impute.CONSTANT and abs(float(argument)) < float("inf"):
+                return Impute.CONSTANT, float(argument)
+            if kind != Impute.CONSTANT:
+                return Impute(text), 0.0
+        except ValueError:
+            pass
+        raise ValueError(f"impute {text!r}: expected median, mean, constant:VALUE or none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +231,11 @@ class QuantizeConfig:
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     threshold: Threshold = field(default_factory=Threshold)
     budget: Budget = field(default_factory=Budget)
+    shrink: ShrinkConfig = field(default_factory=ShrinkConfig)
+    target: Target = Target.GENERIC_ARM64
+    settings: Mapping[str, float] = field(default_factory=dict)  # inputs that become constants
+    trust: bool = False  # read files that can run code: pickles
+    emulate: Path | None = None  # an aarch64 Python that runs the golden vectors, too
     overwrite: bool = False  # of an existing version with another content
 
     @property
@@ -181,7 +245,19 @@ class QuantizeConfig:
         if self.validation:
             words += ["--validation", self.validation.name]
         words += ["--name", self.name, "--version", str(self.version)]
-        words += ["--impute", self.prepare.impute, "--scale", self.prepare.scale]
-        words += ["--score", self.prepare.score, "--threshold", str(self.threshold)]
+        for name, value in sorted(self.settings.items()):
+            words += ["--set", f"{name}={value:g}"]
+        words += ["--trust"] if self.trust else []
+        words += ["--impute", self.prepare.impute_text, "--scale", self.prepare.scale]
+        words += ["--score", self.prepare.score]
+        if self.prepare.fail_class is not None:
+            words += ["--fail-class", str(self.prepare.fail_class)]
+        words += [f"--threshold={self.threshold}"]
         words += ["--min-sqnr", f"{self.budget.min_sqnr:g}", "--max-drop", f"{self.budget.max_auc_drop:g}"]
+        if self.shrink.prune is not None:
+            words += ["--prune", str(self.shrink.prune)]
+        if self.shrink.target_size is not None:
+            words += ["--target-size", str(self.shrink.target_size)]
+        if self.target is not Target.GENERIC_ARM64:
+            words += ["--target", self.target]
         return " ".join(words)

@@ -1,167 +1,392 @@
-"""Step 1: read the model and the data, and refuse what cannot become a bundle.
+"""Step 1: read the model, and refuse what cannot become a bundle.
 
-Invariants of a ``FloatModel``: it passed ``onnx.checker``, onnxruntime loads it, its inputs are float32 or
-integer tensors, nothing in it is quantized, its opset is 17 or newer and every weight is an initializer.
-
-Invariants of ``Rows``: one array per model input, float32 where the input is, the same number of rows in
-each, of the width the model takes, no infinities, labels 0 or 1.
+Invariants of a ``FloatModel``: onnxruntime loads it; nothing in it is quantized; every input and output is a
+tensor with the batch as its first dimension; floats go in and come out as float32; inputs that were fixed
+(``--set``) are constants. How it got there is exact: casts, transpositions and constants, no arithmetic.
+Everything else that makes a graph quantizable is done, and proven, in ``normalise``.
 """
 
 from __future__ import annotations
 
-import csv
-import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from edge_agent.contract.digest import Digest
 from quantize import runtime
-from quantize.errors import BadData, BadModel
+from quantize.data import Input, Rows, both_classes, good_rows, load_data, load_rows
+from quantize.errors import BadModel
+from quantize.graph import all_nodes, rename_reads, unique
 
-OPSET: Final = 17  # the first that has everything needed: per-axis DequantizeLinear came with 13
-MIN_ROWS: Final = 10  # as many as the drift baseline has bins
+__all__ = ["FloatModel", "Input", "Rows", "both_classes", "good_rows", "load_data", "load_model", "load_rows"]
+
+MAX_BYTES: Final = (1 << 31) - 1  # a protobuf message, which is what onnxruntime is given
 _QUANTIZED: Final = (
     "QuantizeLinear", "DequantizeLinear", "QLinear", "ConvInteger", "MatMulInteger", "QGemm", "MatMulNBits",
-    "DynamicQuantize",
+    "DynamicQuantize", "QAttention", "QMoE", "QOrdered", "GatherBlockQuantized",
 )  # fmt: skip
-_LABELS: Final = ("y", "label")
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """An input of the model. ``shape`` has -1 where a dimension varies; the first is the batch."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def tabular(self) -> bool:
-        """A table of float features: (batch, features)."""
-        return self.dtype == np.float32 and len(self.shape) == 2 and self.shape[1] > 0
+_TREES: Final = ("TreeEnsemble",)
+# Domains whose operators onnxruntime brings kernels for; anything else needs a library that devices lack.
+_KNOWN_DOMAINS: Final = (
+    "", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc",
+    "ai.onnx.training", "ai.onnx.preview.training",
+)  # fmt: skip
+_CONVERTED: Final = (".joblib", ".pkl", ".pickle", ".skops", ".pt2")
+_OTHER_FLOATS: Final = (TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloatModel:
-    """The FP32 model as it came, made quantizable without changing what it computes."""
+    """The FP32 model as it came, with a batch in front and float32 at its doors."""
 
     proto: onnx.ModelProto
     original: onnx.ModelProto  # before anything was changed: what every change is proven against
     inputs: tuple[Input, ...]
-    digest: Digest  # of the file
-    size: int  # bytes of the file
+    digest: Digest  # of the file, with its external data
+    size: int  # bytes of the file, with its external data
     notes: tuple[str, ...]
+    fixed: Mapping[str, np.ndarray] = field(default_factory=dict)  # inputs that became constants
+    batch_axis: Mapping[str, int] = field(default_factory=dict)  # of the original, where it is not the first
+    outputs: tuple[str, ...] = ()  # of the original, that are kept
+
+    def run_original(
+        self, session: runtime.Session, inputs: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Run a session of ``original`` with inputs as ``proto`` takes them; outputs as ``proto`` gives them.
+
+        Raises:
+            BadModel: onnxruntime raised while running.
+        """
+        kinds = {value.name: value.type.tensor_type.elem_type for value in self.original.graph.input}
+        feeds = dict(self.fixed)
+        for name, values in inputs.items():
+            moved = np.moveaxis(values, 0, self.batch_axis.get(name, 0))
+            feeds[name] = moved.astype(helper.tensor_dtype_to_np_dtype(kinds[name]), copy=False)
+        results = {}
+        for name, values in runtime.run(session, feeds).items():
+            if name in self.outputs:
+                floats = values.astype(np.float32) if values.dtype in (np.float16, np.float64) else values
+                results[name] = np.moveaxis(floats, self.batch_axis.get(name, 0), 0)
+        return results
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """Rows for the model: calibration or validation data."""
+def load_model(path: Path, settings: Mapping[str, float] | None = None, *, trust: bool = False) -> FloatModel:
+    """Read and check an FP32 model: ONNX, or what ``convert`` makes ONNX of.
 
-    source: str  # file name, for messages
-    digest: Digest
-    inputs: Mapping[str, np.ndarray]  # (n, ...) each
-    labels: np.ndarray | None  # (n,) bool: True = bad
-    features: tuple[str, ...] | None  # names of the columns of a tabular input
-
-    def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
-
-    def take(self, index: np.ndarray) -> Rows:
-        """The rows at ``index`` (indices or a mask)."""
-        return replace(
-            self,
-            inputs={name: values[index] for name, values in self.inputs.items()},
-            labels=None if self.labels is None else self.labels[index],
-        )
-
-
-def load_model(path: Path) -> FloatModel:
-    """Read and check an FP32 ONNX model.
+    Args:
+        path: the file.
+        settings: values for inputs that become constants (``--set``).
+        trust: whether files that run code when they are read may be read.
 
     Raises:
-        BadModel: no such file, not ONNX, already quantized, not float32, or onnxruntime cannot load it.
+        BadModel: no such file, not ONNX, already quantized, a tree model, operators without a kernel,
+            external data outside the folder, or onnxruntime cannot load it.
     """
+    notes: list[str] = []
     try:
-        digest, size = Digest.of_file(path), path.stat().st_size
-        proto = onnx.load(path)
-        onnx.checker.check_model(proto)
+        digest, size, proto = _read(path, trust, notes)
     except OSError as error:
         raise BadModel(f"model {path}: {error.strerror or error}") from error
-    except Exception as error:  # protobuf and the checker raise types of their own
-        raise BadModel(f"model {path} is not a valid ONNX file: {runtime.one_line(error)}") from error
-    if not proto.graph.node:
-        raise BadModel(f"model {path} is not an ONNX model: its graph is empty")
-
-    quantized = sorted({node.op_type for node in proto.graph.node if node.op_type.startswith(_QUANTIZED)})
-    if quantized:
-        raise BadModel(f"model {path} is already quantized ({', '.join(quantized)}): give the FP32 model")
-    runtime.open_session(proto)
+    _refuse(path, proto)
     original = onnx.ModelProto()
     original.CopyFrom(proto)
-    proto, notes = _modernize(path, proto)
-    _constants_to_initializers(proto.graph)
+
+    _real_inputs_only(proto.graph)
+    fixed = _fix_inputs(path, proto, settings or {}, notes)
+    kept = _tensors_only(path, proto, notes)
+    runtime.open_session(original)
+    axes = _batch_first(proto, notes)
+    _float32_doors(proto, notes)
+    inputs = _inputs_of(path, proto)
+    runtime.open_session(proto)
     return FloatModel(
         proto=proto,
         original=original,
-        inputs=_inputs_of(path, proto),
+        inputs=inputs,
         digest=digest,
         size=size,
         notes=tuple(notes),
+        fixed=fixed,
+        batch_axis=axes,
+        outputs=kept,
     )
 
 
-def _modernize(path: Path, proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
-    opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset >= OPSET:
-        return proto, []
+# -- reading ----------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, trust: bool, notes: list[str]) -> tuple[Digest, int, onnx.ModelProto]:
+    if path.suffix in _CONVERTED:
+        from quantize import convert  # scikit-learn and PyTorch are extras
+
+        digest = Digest.of_file(path)
+        proto = convert.to_onnx(path, trust=trust)
+        notes.append(f"converted from {path.suffix} to ONNX")
+        return digest, proto.ByteSize(), proto
+    if path.is_dir():
+        raise BadModel(f"model {path} is a folder: give the .onnx file in it")
+    size = path.stat().st_size
     try:
-        converted = version_converter.convert_version(proto, OPSET)
-        onnx.checker.check_model(converted)
+        proto = onnx.load(path, load_external_data=False)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf raises types of its own
+        raise BadModel(f"model {path} is not a valid ONNX file: {runtime.one_line(error)}") from error
+    if not proto.graph.node:
+        raise BadModel(f"model {path} is not a valid ONNX model: its graph is empty")
+    digest, external = _external_data(path, proto)
+    if size + external > MAX_BYTES:
+        raise BadModel(f"model {path} has {(size + external) / 1e9:.1f} GB, at most 2 GB can be quantized")
+    return digest, size + external, proto
+
+
+def _external_data(path: Path, proto: onnx.ModelProto) -> tuple[Digest, int]:
+    """Bring weights in other files into the model. They cannot be outside its folder.
+
+    Returns:
+        the digest of everything read, and the bytes of the other files.
+    """
+    folder = path.parent.resolve()
+    digest = Digest.of_file(path)
+    files: dict[Path, str] = {}
+    for tensor in _all_tensors(proto):
+        if not external_data_helper.uses_external_data(tensor):
+            continue
+        location = external_data_helper.ExternalDataInfo(tensor).location
+        file = (folder / location).resolve()  # follows links, too
+        if not location or not file.is_relative_to(folder):
+            raise BadModel(
+                f"model {path}: external data of {tensor.name!r} is at {location!r}, outside its folder"
+            )
+        if not file.is_file():
+            raise BadModel(
+                f"model {path}: its external data {location!r} is missing: it belongs beside the model"
+            )
+        files[file] = location
+    if not files:
+        return digest, 0
+    try:
+        external_data_helper.load_external_data_for_model(proto, str(folder))
     except Exception as error:
+        raise BadModel(f"model {path}: external data cannot be read: {runtime.one_line(error)}") from error
+    for tensor in _all_tensors(proto):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            del tensor.external_data[:]
+            tensor.data_location = TensorProto.DEFAULT
+    together = hashlib.sha256(digest.encode())
+    for file, location in sorted(files.items(), key=lambda item: item[1]):
+        together.update(f"\n{location} {Digest.of_file(file)}".encode())
+    return Digest("sha256:" + together.hexdigest()), sum(file.stat().st_size for file in files)
+
+
+def _all_tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
+    yield from proto.graph.initializer
+    for node in all_nodes(proto):
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for graph in (attribute.g, *attribute.graphs):
+                yield from graph.initializer
+
+
+def _refuse(path: Path, proto: onnx.ModelProto) -> None:
+    nodes = list(all_nodes(proto))
+    quantized = sorted({node.op_type for node in nodes if node.op_type.startswith(_QUANTIZED)})
+    if quantized:
+        raise BadModel(f"model {path} is already quantized ({', '.join(quantized)}): give the FP32 model")
+    trees = sorted({node.op_type for node in nodes if node.op_type.startswith(_TREES)})
+    if trees:
         raise BadModel(
-            f"model {path}: opset {opset} cannot be converted to {OPSET} "
-            f"({runtime.one_line(error)}): export it with opset {OPSET} or newer"
-        ) from error
-    return converted, [f"opset {opset} converted to {OPSET}"]
+            f"model {path} is a tree model ({', '.join(trees)}): it has no weights to make INT8 of, "
+            "and is small and fast as it is"
+        )
+    local = {(function.domain, function.name) for function in proto.functions}
+    custom = sorted(
+        {
+            f"{node.domain}.{node.op_type}"
+            for node in nodes
+            if node.domain not in _KNOWN_DOMAINS and (node.domain, node.op_type) not in local
+        }
+    )
+    if custom:
+        raise BadModel(
+            f"model {path} has custom operators that onnxruntime has no kernel for: {', '.join(custom)}: "
+            "export it without them"
+        )
 
 
-def _constants_to_initializers(graph: onnx.GraphProto) -> None:
-    """Weights as Constant nodes become initializers, where quantization finds them."""
-    kept = []
-    for node in graph.node:
-        tensor = _constant(node) if node.op_type == "Constant" else None
-        if tensor is None:
-            kept.append(node)
-        else:
-            tensor.name = node.output[0]
-            graph.initializer.append(tensor)
-    del graph.node[:]
-    graph.node.extend(kept)
-    # Files of IR 3 list every initializer as an input too: a caller could then replace the weights.
+# -- doors ------------------------------------------------------------------------------------------------
+
+
+def _real_inputs_only(graph: onnx.GraphProto) -> None:
+    """Files of IR 3 list every initializer as an input too: a caller could then replace the weights."""
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
     del graph.input[:]
     graph.input.extend(inputs)
 
 
-def _constant(node: onnx.NodeProto) -> TensorProto | None:
-    attribute = node.attribute[0]
-    value = helper.get_attribute_value(attribute)
-    if attribute.name == "value":
-        tensor = TensorProto()
-        tensor.CopyFrom(value)
-        return tensor
-    if attribute.name in ("value_float", "value_floats"):
-        return numpy_helper.from_array(np.array(value, np.float32))
-    if attribute.name in ("value_int", "value_ints"):
-        return numpy_helper.from_array(np.array(value, np.int64))
-    return None
+def _fix_inputs(
+    path: Path, proto: onnx.ModelProto, settings: Mapping[str, float], notes: list[str]
+) -> dict[str, np.ndarray]:
+    """Inputs with a given value become constants."""
+    graph = proto.graph
+    fixed = {}
+    for name, value in settings.items():
+        entry = next((entry for entry in graph.input if entry.name == name), None)
+        if entry is None:
+            names = ", ".join(repr(entry.name) for entry in graph.input)
+            raise BadModel(f"model {path} has no input {name!r} to set, its inputs are {names}")
+        tensor = entry.type.tensor_type
+        dims = [dim.dim_value if dim.HasField("dim_value") else 1 for dim in tensor.shape.dim]
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        constant = np.full(dims, value).astype(dtype)
+        if (
+            not np.array_equal(constant.astype(np.float64), np.full(dims, value, np.float64))
+            and dtype.kind != "f"
+        ):
+            raise BadModel(f"model {path}: input {name!r} takes {dtype}, which cannot be {value:g}")
+        fixed[name] = constant
+        graph.initializer.append(numpy_helper.from_array(constant, name))
+        notes.append(f"input {name} fixed to {value:g}")
+    left = [entry for entry in graph.input if entry.name not in fixed]
+    del graph.input[:]
+    graph.input.extend(left)
+    return fixed
+
+
+def _tensors_only(path: Path, proto: onnx.ModelProto, notes: list[str]) -> tuple[str, ...]:
+    """Outputs that are numbers. Maps of class names and texts, as scikit-learn exports them, are dropped."""
+    graph = proto.graph
+    kept, dropped = [], []
+    for value in graph.output:
+        tensor = value.type.tensor_type
+        producer = next((node for node in graph.node if value.name in node.output), None)
+        if value.type.HasField("tensor_type") and tensor.elem_type != TensorProto.STRING:
+            kept.append(value)
+        elif producer is not None and producer.op_type == "ZipMap":
+            # The probabilities by class name: the same numbers without the names are what it reads.
+            kept.append(helper.make_tensor_value_info(producer.input[0], TensorProto.FLOAT, [None, None]))
+            producer.op_type, producer.domain = "Identity", ""
+            del producer.attribute[:]
+        else:
+            dropped.append(value.name)
+    if not kept:
+        raise BadModel(f"model {path} has no output of numbers, only {', '.join(dropped)}")
+    if dropped:
+        notes.append(f"outputs that are not numbers dropped: {', '.join(dropped)}")
+    del graph.output[:]
+    graph.output.extend(kept)
+    return tuple(value.name for value in kept)
+
+
+def _batch_first(proto: onnx.ModelProto, notes: list[str]) -> dict[str, int]:
+    """Inputs and outputs whose batch is not their first dimension (states of recurrent nets) are transposed.
+
+    The batch is the first dimension of the first input; another tensor has it elsewhere if its own first
+    dimension has another size and exactly one later dimension is like the batch: of its name, its size, or
+    just as nameless.
+    """
+    graph = proto.graph
+    first = next((value for value in graph.input if value.type.tensor_type.shape.dim), None)
+    if first is None:
+        return {}
+    batch = _dim(first.type.tensor_type.shape.dim[0])
+    moved: dict[str, int] = {}
+    for value in (*graph.input, *graph.output):
+        dims = [_dim(dim) for dim in value.type.tensor_type.shape.dim]
+        if len(dims) < 2 or dims[0] == batch or not isinstance(dims[0], int):
+            continue
+        places = [place for place, dim in enumerate(dims) if dim == batch]
+        if len(places) == 1:
+            moved[value.name] = places[0]
+    _outputs_like_inputs(graph, moved)
+    for name, axis in moved.items():
+        _transpose_door(graph, name, axis)
+        notes.append(f"{name}: batch moved from dimension {axis} to the front")
+    return moved
+
+
+def _outputs_like_inputs(graph: onnx.GraphProto, moved: dict[str, int]) -> None:
+    """An output that is called like a moved input (state, stateN) and says nothing else is moved like it."""
+    for value in graph.output:
+        dims = value.type.tensor_type.shape.dim
+        if not dims or isinstance(_dim(dims[0]), int):
+            continue
+        for entry in graph.input:
+            alike = value.name.lower().startswith(entry.name.lower())
+            if entry.name in moved and alike and len(dims) == len(entry.type.tensor_type.shape.dim):
+                moved.setdefault(value.name, moved[entry.name])
+
+
+def _transpose_door(graph: onnx.GraphProto, name: str, axis: int) -> None:
+    inside = unique(graph, f"{name}_inside")
+    value = next(value for value in (*graph.input, *graph.output) if value.name == name)
+    dims = value.type.tensor_type.shape.dim
+    rank = len(dims)
+    order = [axis, *(place for place in range(rank) if place != axis)]
+    sizes = [onnx.TensorShapeProto.Dimension() for _ in dims]
+    for size, place in zip(sizes, order, strict=True):
+        size.CopyFrom(dims[place])
+    del value.type.tensor_type.shape.dim[:]
+    value.type.tensor_type.shape.dim.extend(sizes)
+    if value.name in {entry.name for entry in graph.input}:
+        rename_reads(graph, name, inside)
+        back = [order.index(place) for place in range(rank)]
+        graph.node.insert(0, helper.make_node("Transpose", [name], [inside], f"{name}_door", perm=back))
+        return
+    _rename_output(graph, name, inside)
+    graph.node.append(helper.make_node("Transpose", [inside], [name], f"{name}_door", perm=order))
+
+
+def _float32_doors(proto: onnx.ModelProto, notes: list[str]) -> None:
+    """Float16 and float64 inputs and outputs become float32 with a Cast behind the door."""
+    graph = proto.graph
+    kinds = set()
+    for value in list(graph.input):
+        kind = value.type.tensor_type.elem_type
+        if kind in _OTHER_FLOATS:
+            kinds.add(TensorProto.DataType.Name(kind))
+            inside = unique(graph, f"{value.name}_cast")
+            rename_reads(graph, value.name, inside)
+            graph.node.insert(0, helper.make_node("Cast", [value.name], [inside], inside, to=kind))
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for value in list(graph.output):
+        kind = value.type.tensor_type.elem_type
+        if kind in _OTHER_FLOATS:
+            kinds.add(TensorProto.DataType.Name(kind))
+            inside = unique(graph, f"{value.name}_cast")
+            _rename_output(graph, value.name, inside)
+            graph.node.append(helper.make_node("Cast", [inside], [value.name], inside, to=TensorProto.FLOAT))
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    if kinds:
+        notes.append(f"inputs and outputs of {', '.join(sorted(kinds))} are FLOAT now")
+
+
+def _rename_output(graph: onnx.GraphProto, name: str, inside: str) -> None:
+    for node in graph.node:
+        for index, output in enumerate(node.output):
+            if output == name:
+                node.output[index] = inside
+    rename_reads(graph, name, inside)
+
+
+def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str:
+    """The size of a dimension, or its name; "" where it varies without one."""
+    size = _size(dim)
+    return size if size > 0 else dim.dim_param
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int:
+    """The size of a dimension; -1 where it varies (some exporters write 0 or -1 for that)."""
+    return dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else -1
 
 
 def _inputs_of(path: Path, proto: onnx.ModelProto) -> tuple[Input, ...]:
@@ -169,188 +394,16 @@ def _inputs_of(path: Path, proto: onnx.ModelProto) -> tuple[Input, ...]:
     for value in proto.graph.input:
         tensor = value.type.tensor_type
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if tensor.elem_type else None
-        if dtype is None or dtype.kind not in "fiub" or (dtype.kind == "f" and dtype != np.float32):
+        if dtype is None or dtype.kind not in "fiub":
             kind = TensorProto.DataType.Name(tensor.elem_type) if tensor.elem_type else "not a tensor"
-            raise BadModel(f"model {path}: input {value.name!r} is {kind}, expected FLOAT: export it as FP32")
-        dims = tensor.shape.dim
-        shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
+            raise BadModel(f"model {path}: input {value.name!r} is {kind}, expected numbers")
+        shape = tuple(_size(dim) for dim in tensor.shape.dim)
         if not shape:
-            raise BadModel(f"model {path}: input {value.name!r} has no batch dimension, expected [N, ...]")
+            raise BadModel(
+                f"model {path}: input {value.name!r} has no batch dimension, expected [N, ...]: "
+                f"give it a value with --set {value.name}=VALUE"
+            )
         found.append(Input(value.name, dtype, shape))
     if not found:
         raise BadModel(f"model {path} has no inputs")
     return tuple(found)
-
-
-def load_rows(path: Path, inputs: Sequence[Input]) -> Rows:
-    """Read ``.npz``, ``.npy`` or ``.csv``.
-
-    ``.npz``: an array per model input by its name, or ``X`` for a model with one; ``y`` the labels (1 = bad)
-    and ``feature_names`` if there. ``.csv``: a header of feature names; a column ``y`` or ``label`` is the
-    labels; an empty cell is a missing value.
-
-    Raises:
-        BadData: missing, unreadable, of another width than the model takes, infinite, too few, labels
-            that are not 0 and 1.
-    """
-    try:
-        digest = Digest.of_file(path)
-        if path.suffix == ".csv":
-            arrays = _read_csv(path)
-        elif path.suffix in (".npz", ".npy"):
-            arrays = _read_numpy(path)
-        else:
-            raise BadData(f"data {path}: unknown kind {path.suffix!r}, expected .npz, .npy or .csv")
-    except OSError as error:
-        raise BadData(f"data {path}: {error.strerror or error}") from error
-    names = arrays.get("feature_names")
-    found = {entry.name: _input(path, arrays, entry, single=len(inputs) == 1) for entry in inputs}
-    lengths = {name: len(values) for name, values in found.items()}
-    if len(set(lengths.values())) > 1:
-        raise BadData(f"data {path}: the arrays have different numbers of rows: {lengths}")
-    rows = next(iter(lengths.values()))
-    if rows < MIN_ROWS:
-        raise BadData(f"data {path}: {rows} rows, expected at least {MIN_ROWS}")
-    features = None
-    if len(inputs) == 1 and inputs[0].tabular:
-        features = _feature_names(path, names, inputs[0].shape[1])
-    return Rows(
-        source=path.name,
-        digest=digest,
-        inputs=found,
-        labels=_labels(path, arrays.get("y"), rows),
-        features=features,
-    )
-
-
-def _read_numpy(path: Path) -> dict[str, np.ndarray]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"X": loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise BadData(f"data {path} cannot be read: {runtime.one_line(error)}") from error
-
-
-def _read_csv(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise BadData(f"data {path} cannot be read: {runtime.one_line(error)}") from error
-    if not lines:
-        raise BadData(f"data {path} is empty, expected a header and rows")
-    header = [name.strip() for name in lines[0]]
-    table = np.empty((len(lines) - 1, len(header)))
-    for row, line in enumerate(lines[1:]):
-        if len(line) != len(header):
-            raise BadData(f"data {path}: row {row + 1} has {len(line)} cells, the header has {len(header)}")
-        for column, cell in enumerate(line):
-            try:
-                table[row, column] = float(cell) if cell.strip() else np.nan
-            except ValueError as error:
-                raise BadData(
-                    f"data {path}: row {row + 1}, column {header[column]!r}: {cell[:40]!r} is not a number"
-                ) from error
-    labels = next((header.index(name) for name in _LABELS if name in header), None)
-    columns = [index for index in range(len(header)) if index != labels]
-    arrays = {"X": table[:, columns], "feature_names": np.array([header[index] for index in columns])}
-    if labels is not None:
-        arrays["y"] = table[:, labels]
-    return arrays
-
-
-def _input(path: Path, arrays: Mapping[str, np.ndarray], entry: Input, *, single: bool) -> np.ndarray:
-    name = entry.name if entry.name in arrays else "X" if single and "X" in arrays else None
-    if name is None:
-        wanted = f"{entry.name!r} or 'X'" if single else repr(entry.name)
-        raise BadData(f"data {path} has arrays {sorted(arrays)}, expected {wanted} (the model's input)")
-    values = arrays[name]
-    if values.dtype.kind not in "fiub":
-        raise BadData(f"data {path}: array {name!r} is {values.dtype}, expected numbers")
-    shape = entry.shape[1:]
-    fits = values.ndim == len(entry.shape) and all(
-        size in (-1, got) for size, got in zip(shape, values.shape[1:], strict=False)
-    )
-    if not fits and len(shape) == 1 and values.ndim == 2:
-        raise BadData(
-            f"data {path}: array {name!r} has {values.shape[1]} columns, "
-            f"the model's input {entry.name!r} takes {shape[0]}"
-        )
-    if not fits:
-        raise BadData(
-            f"data {path}: array {name!r} has shape {list(values.shape)}, the model's input "
-            f"{entry.name!r} takes [rows, {', '.join('any' if size < 0 else str(size) for size in shape)}]"
-        )
-    with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(values, entry.dtype)
-    if cast.dtype.kind == "f" and np.isinf(cast).any():
-        row = int(np.argwhere(np.isinf(cast))[0][0])
-        raise BadData(
-            f"data {path}: array {name!r} is infinite (in float32) in row {row + 1}: remove the row"
-        )
-    return cast
-
-
-def _feature_names(path: Path, names: np.ndarray | None, width: int) -> tuple[str, ...]:
-    if names is None:
-        return tuple(f"f{index}" for index in range(width))
-    found = tuple(str(name) for name in names.ravel())
-    if len(found) != width:
-        raise BadData(f"data {path}: {len(found)} feature_names for {width} columns")
-    if len(set(found)) != width or not all(found):
-        twice = next((name for name in found if not name or found.count(name) > 1), "")
-        raise BadData(f"data {path}: feature name {twice!r} is empty or appears twice")
-    return found
-
-
-def _labels(path: Path, labels: np.ndarray | None, rows: int) -> np.ndarray | None:
-    if labels is None:
-        return None
-    if labels.shape not in ((rows,), (rows, 1)) or labels.dtype.kind not in "fiub":
-        raise BadData(
-            f"data {path}: y has shape {list(labels.shape)} for {rows} rows, expected one label a row"
-        )
-    flat = labels.ravel()
-    if not np.isin(flat, (0, 1)).all():
-        raise BadData(f"data {path}: y holds {np.unique(flat)[:5].tolist()}, expected 0 (good) and 1 (bad)")
-    return flat.astype(bool)
-
-
-def good_rows(rows: Rows) -> Rows:
-    """The rows to calibrate with: those not labelled bad, without labels.
-
-    Raises:
-        BadData: too few good rows, nothing but NaN, or a feature that is always missing (named).
-    """
-    if rows.labels is not None:
-        rows = replace(rows.take(~rows.labels), labels=None)
-        if len(rows) < MIN_ROWS:
-            raise BadData(f"data {rows.source}: {len(rows)} good rows, expected at least {MIN_ROWS}")
-    for name, values in rows.inputs.items():
-        if values.dtype.kind != "f":
-            continue
-        missing = np.isnan(values)
-        if missing.all():
-            raise BadData(f"data {rows.source}: every value of {name!r} is missing (NaN)")
-        if rows.features is not None and missing.all(axis=0).any():
-            always = [
-                feature for feature, gone in zip(rows.features, missing.all(axis=0), strict=True) if gone
-            ]
-            shown = ", ".join(always[:5]) + (f" and {len(always) - 5} more" if len(always) > 5 else "")
-            raise BadData(f"data {rows.source}: always missing (NaN): {shown}: remove it from model and data")
-    return rows
-
-
-def both_classes(rows: Rows) -> Rows:
-    """Rows whose labels, where there are any, hold good and bad rows.
-
-    Raises:
-        BadData: labels of one class.
-    """
-    if rows.labels is None or (rows.labels.any() and not rows.labels.all()):
-        return rows
-    only = "bad (1)" if rows.labels.all() else "good (0)"
-    raise BadData(f"data {rows.source}: every label is {only}: an AUC needs both, or leave y out")

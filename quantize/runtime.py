@@ -21,7 +21,7 @@ from quantize.errors import BadModel
 
 VERSION: Final[str] = onnxruntime.__version__
 BATCH: Final = 64  # rows at a time: memory stays independent of the amount of data
-_ERRORS_ONLY: Final = 3
+_SILENT: Final = 4  # what fails is raised; some things are tried to see whether they fail
 
 # What makes an x86 build run the graph that ARM will run: S8S8 QDQ fuses there by default, here on demand.
 ARM_GRAPH: Final = {"session.qdqisint8allowed": "1"}
@@ -70,7 +70,7 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _SILENT
     options.graph_optimization_level = level
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for key, value in (settings or {}).items():
@@ -98,19 +98,49 @@ def run(session: Session, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
         raise BadModel(f"onnxruntime cannot run the model: {one_line(error)}") from error
 
 
+def batches(inputs: Mapping[str, np.ndarray], batch: int = BATCH) -> Iterator[dict[str, np.ndarray]]:
+    """Feeds of at most ``batch`` rows. Rows of other lengths (object arrays) start a new feed."""
+    rows = len(next(iter(inputs.values())))
+    ragged = [name for name, values in inputs.items() if values.dtype == object]
+    start = 0
+    while start < rows:
+        end = min(start + batch, rows)
+        for name in ragged:
+            shape = inputs[name][start].shape
+            same = (place for place in range(start, end) if inputs[name][place].shape != shape)
+            end = next(same, end)
+        yield {
+            name: np.stack(list(values[start:end])) if name in ragged else values[start:end]
+            for name, values in inputs.items()
+        }
+        start = end
+
+
 def stream(
     session: Session, inputs: Mapping[str, np.ndarray], batch: int = BATCH
 ) -> Iterator[dict[str, np.ndarray]]:
     """Run all rows, ``batch`` at a time; yields the outputs of each batch."""
-    rows = len(next(iter(inputs.values())))
-    for start in range(0, rows, batch):
-        yield run(session, {name: values[start : start + batch] for name, values in inputs.items()})
+    for feeds in batches(inputs, batch):
+        yield run(session, feeds)
 
 
 def run_all(session: Session, inputs: Mapping[str, np.ndarray], batch: int = BATCH) -> dict[str, np.ndarray]:
-    """Run all rows, ``batch`` at a time, and put the outputs together again."""
+    """Run all rows, ``batch`` at a time, and put the outputs together again.
+
+    Outputs of rows of other lengths are put together along their last dimensions that agree: a step of a
+    sequence is then a row.
+    """
     pieces = list(stream(session, inputs, batch))
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    return {name: _together([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _together(pieces: list[np.ndarray]) -> np.ndarray:
+    if len({piece.shape[1:] for piece in pieces}) == 1:
+        return np.concatenate(pieces)
+    last = {piece.shape[-1] for piece in pieces}
+    if len(last) == 1:
+        return np.concatenate([piece.reshape(-1, piece.shape[-1]) for piece in pieces])
+    return np.concatenate([piece.ravel() for piece in pieces])
 
 
 def one_line(error: BaseException) -> str:

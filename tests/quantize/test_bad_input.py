@@ -56,19 +56,6 @@ def test_a_model_that_is_already_quantized(refused, autoencoder, calibration, tm
     assert "QuantizeLinear" in line
 
 
-def test_a_model_that_takes_half_precision(refused, calibration, tmp_path):
-    import onnx
-
-    path = models.autoencoder(tmp_path / "half.onnx")
-    model = onnx.load(path)
-    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
-    cast = onnx.helper.make_node("Cast", ["x"], ["x32"], to=onnx.TensorProto.FLOAT)
-    model.graph.node.insert(0, cast)
-    model.graph.node[1].input[0] = "x32"
-    onnx.save(model, path)
-    assert "FLOAT16, expected FLOAT" in refused(path, calibration)
-
-
 def test_calibration_data_of_the_wrong_width_names_both(refused, autoencoder, tmp_path):
     data = models.write_rows(tmp_path / "narrow.npz", models.rows(50)[:, :11])
     line = refused(autoencoder, data)

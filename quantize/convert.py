@@ -1,0 +1,114 @@
+"""Other frameworks' files to ONNX. The frameworks are extras, imported when such a file comes.
+
+Invariant: nothing in a file is run without ``trust``. A ``.joblib`` or ``.pkl`` is a pickle, which runs
+whatever its author wrote; a ``.skops`` file names the types it holds, and those that skops does not know need
+trust, too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+
+from quantize import runtime
+from quantize.errors import BadModel
+
+_OPSET: Final = 17
+_PICKLES: Final = (".joblib", ".pkl", ".pickle")
+
+
+def to_onnx(path: Path, *, trust: bool) -> onnx.ModelProto:
+    """Convert a scikit-learn model (``.joblib``, ``.pkl``, ``.skops``) or a PyTorch program (``.pt2``).
+
+    Raises:
+        BadModel: the extra is not installed, the file is not trusted or cannot be read or converted.
+        OSError: the file cannot be opened.
+    """
+    with path.open("rb"):
+        pass  # the frameworks' own messages for a missing file differ
+    if path.suffix == ".pt2":
+        return _from_torch(path)
+    model = _unpickle(path, trust) if path.suffix in _PICKLES else _from_skops(path, trust)
+    return _from_sklearn(path, model)
+
+
+def _unpickle(path: Path, trust: bool) -> Any:
+    if not trust:
+        raise BadModel(
+            f"model {path} is a pickle, which runs code when it is read: give --trust if you know its "
+            "author, or save it as .skops"
+        )
+    try:
+        import joblib
+    except ImportError as error:
+        raise _missing(path, "sklearn") from error
+    try:
+        return joblib.load(path)
+    except Exception as error:  # a pickle can raise anything
+        raise BadModel(f"model {path} cannot be read: {runtime.one_line(error)}") from error
+
+
+def _from_skops(path: Path, trust: bool) -> Any:
+    try:
+        from skops import io
+    except ImportError as error:
+        raise _missing(path, "sklearn") from error
+    try:
+        unknown = io.get_untrusted_types(file=path)
+        if unknown and not trust:
+            raise BadModel(
+                f"model {path} holds types that skops does not know to be harmless: {', '.join(unknown)}: "
+                "give --trust if you know who made it"
+            )
+        return io.load(path, trusted=unknown)
+    except BadModel:
+        raise
+    except Exception as error:  # zip, JSON and skops' own
+        raise BadModel(f"model {path} cannot be read: {runtime.one_line(error)}") from error
+
+
+def _from_sklearn(path: Path, model: Any) -> onnx.ModelProto:
+    try:
+        from skl2onnx import to_onnx as convert
+        from skl2onnx.common.data_types import FloatTensorType
+    except ImportError as error:
+        raise _missing(path, "sklearn") from error
+    width = getattr(model, "n_features_in_", None)
+    if width is None:
+        raise BadModel(f"model {path} is {type(model).__name__}, expected a fitted scikit-learn estimator")
+    options: dict[Any, Any] | None = None
+    if hasattr(model, "predict_proba"):
+        options = {id(model): {"zipmap": False}}  # a table of probabilities, not a list of dictionaries
+    try:
+        proto: onnx.ModelProto = convert(
+            model,
+            initial_types=[("X", FloatTensorType([None, int(width)]))],
+            options=options,
+            target_opset=_OPSET,
+        )
+    except Exception as error:  # one exception type per kind of estimator
+        raise BadModel(
+            f"model {path} ({type(model).__name__}) cannot be converted: {runtime.one_line(error)}"
+        ) from error
+    return proto
+
+
+def _from_torch(path: Path) -> onnx.ModelProto:
+    try:
+        import onnxscript  # noqa: F401 - torch.onnx needs it and says so too late
+        import torch
+    except ImportError as error:
+        raise _missing(path, "torch") from error
+    try:
+        program = torch.export.load(path)
+        exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        proto: onnx.ModelProto = exported.model_proto
+    except Exception as error:  # torch raises anything
+        raise BadModel(f"model {path} cannot be converted: {runtime.one_line(error)}") from error
+    return proto
+
+
+def _missing(path: Path, extra: str) -> BadModel:
+    return BadModel(f"model {path} needs an extra: pip install 'edge-inference[{extra}]'")

@@ -1,0 +1,110 @@
+"""Small operations on ONNX graphs that several steps need. Subgraphs (If, Loop, Scan) are seen everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import onnx
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """The version of the default operator set; 0 if the model names none."""
+    return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node: of the graph, of subgraphs, of local functions."""
+    yield from _nodes(proto.graph.node)
+    for function in proto.functions:
+        yield from _nodes(function.node)
+
+
+def _nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for subgraph in subgraphs(node):
+            yield from _nodes(subgraph.node)
+
+
+def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The bodies of a control flow node."""
+    found = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+    for attribute in node.attribute:
+        found.extend(attribute.graphs)
+    return found
+
+
+def reads(node: onnx.NodeProto) -> set[str]:
+    """Names a node reads, its subgraphs included."""
+    names = {name for name in node.input if name}
+    for subgraph in subgraphs(node):
+        names |= names_read(subgraph)
+    return names
+
+
+def names_read(graph: onnx.GraphProto) -> set[str]:
+    """Names read by the nodes of a graph, and the outputs of its subgraphs."""
+    names: set[str] = set()
+    for node in graph.node:
+        names.update(name for name in node.input if name)
+        for subgraph in subgraphs(node):
+            names |= names_read(subgraph) | {value.name for value in subgraph.output}
+    return names
+
+
+def users(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each name."""
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in reads(node) | {value.name for body in subgraphs(node) for value in body.output}:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def rename_reads(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Whoever reads ``old`` reads ``new``; outputs of the graph keep their names."""
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name == old:
+                node.input[index] = new
+        for subgraph in subgraphs(node):
+            rename_reads(subgraph, old, new)
+            for value in subgraph.output:
+                if value.name == old:
+                    value.name = new
+
+
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove initializers that nothing reads."""
+    read = {value.name for value in graph.output} | names_read(graph)
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    if len(kept) < len(graph.initializer):
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+
+
+def unique(graph: onnx.GraphProto, name: str) -> str:
+    """``name``, or with underscores until nothing in the graph is called so."""
+    taken = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
+    for node in graph.node:
+        taken.update((*node.input, *node.output))
+        for subgraph in subgraphs(node):
+            _names(subgraph, taken)
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _names(graph: onnx.GraphProto, names: set[str]) -> None:
+    names.update(value.name for value in (*graph.input, *graph.output, *graph.initializer))
+    for node in graph.node:
+        names.update((*node.input, *node.output))
+        for subgraph in subgraphs(node):
+            _names(subgraph, names)
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Put ``nodes`` in place of the graph's own."""
+    kept = list(nodes)
+    del graph.node[:]
+    graph.node.extend(kept)
