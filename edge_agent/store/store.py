@@ -87,6 +87,11 @@ class Store:
         self.close()
 
     @property
+    def disk(self) -> Disk:
+        """What changes the disk here, for what else is written into the store: the TUF metadata."""
+        return self._disk
+
+    @property
     def writable(self) -> bool:
         """Whether this view holds the lock."""
         return self._lock != _NOT_OURS

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
 from edge_agent.errors import EdgeError
+from edge_agent.store.fs import Disk
 from edge_agent.update import messages
 from edge_agent.update.messages import Command, Failed, Progress, Reply, Setup
 from edge_agent.update.source import SourceFailed
@@ -162,11 +163,11 @@ class _Child:
 
 
 @contextlib.asynccontextmanager
-async def this_process(setup: Setup) -> AsyncIterator[Hands]:
+async def this_process(setup: Setup, disk: Disk | None = None) -> AsyncIterator[Hands]:
     """A worker in a thread of this process: for tests and simulations; it cannot be killed."""
     from edge_agent.update.worker import Worker  # in child mode this process never imports it
 
-    yield _InThread(Worker(setup))
+    yield _InThread(Worker(setup, disk))
 
 
 class _InThread:

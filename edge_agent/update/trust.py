@@ -52,6 +52,8 @@ class TrustedRepository:
         trusted: Path,
         scratch: Path,
         progress: Callable[[], None] = lambda: None,
+        *,
+        disk: Disk | None = None,
     ) -> None:
         """Copy the trusted metadata into ``scratch`` and start from ``root``.
 
@@ -61,6 +63,7 @@ class TrustedRepository:
             UpdateRejected: ``root`` is no TUF root metadata (``bad_root``).
             StoreError: the scratch folder cannot be written.
         """
+        self._disk = disk or Disk()
         self._trusted = trusted
         self._cache = scratch / "tuf"
         self._targets = scratch / "targets"
@@ -153,7 +156,7 @@ class TrustedRepository:
 
     def _keep(self) -> None:
         """Make durable what was verified, oldest root first, the timestamp last."""
-        disk = Disk()
+        disk = self._disk
         disk.make_durable_dir(self._trusted / _HISTORY)
         roots = sorted((self._cache / _HISTORY).glob("*.root.json"), key=_version)
         for path in (*roots, *(self._cache / f"{role}.json" for role in _ROLES)):

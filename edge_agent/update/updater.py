@@ -23,10 +23,10 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
@@ -40,24 +40,23 @@ from edge_agent.contract.errors import BadBundle, ContractError
 from edge_agent.contract.manifest import Manifest
 from edge_agent.contract.version import Version
 from edge_agent.errors import (
-    BadRules,
     EdgeError,
-    EngineError,
     InvalidInput,
-    SourceError,
     StoreError,
     UnknownModel,
     UpdateRejected,
 )
 from edge_agent.store.fs import explained
-from edge_agent.store.state import Finished, Rejected, UpdateRecord
+from edge_agent.store.state import Rejected, UpdateRecord
 from edge_agent.store.store import Store
 from edge_agent.telemetry.metrics import AgentMetrics
-from edge_agent.update.child import Aborted, Hands, TimedOut, child_process, this_process
-from edge_agent.update.machine import BUSY, RESTING, RESUME, Event, Result, State, advance
+from edge_agent.update.child import Hands, child_process, this_process
+from edge_agent.update.ledger import Ledger, UpdateOutcome, result_of
+from edge_agent.update.machine import BUSY, RESTING, RESUME, Event, Result, State
 from edge_agent.update.messages import Check, Checked, Fetch, ReadManifest, SelfTest, Setup, Test
 from edge_agent.update.policy import Observed, Verdict, check_fit, check_floor, decide, judge
-from edge_agent.update.source import Seen, Source, SourceFailed, open_source
+from edge_agent.update.serving import Serving, ServingStatus
+from edge_agent.update.source import Seen, Source, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -72,120 +71,12 @@ _SPARE_BYTES: Final = 16 << 20  # left free on the disk beside what an update ne
 _PERMANENT: Final = frozenset({"selftest", "too_slow", "no_golden", "engine", "rules"})
 
 
-class ServedRows(Protocol):
-    """What a release has answered since it was swapped in."""
-
-    @property
-    def rows(self) -> int:
-        """Rows answered."""
-        ...
-
-    @property
-    def fallback_rows(self) -> int:
-        """Of those, the ones the rules answered through a fault of the model."""
-        ...
-
-
-class ServingStatus(Protocol):
-    """What one model is doing."""
-
-    @property
-    def name(self) -> str:
-        """The model."""
-        ...
-
-    @property
-    def digest(self) -> str | None:
-        """The release that is served."""
-        ...
-
-    @property
-    def state(self) -> str:
-        """One of ``metric_names.MODEL_STATES``."""
-        ...
-
-
-class Serving(Protocol):
-    """What the updater needs of the inference service."""
-
-    async def prepare(self, bundle: Bundle) -> Any:
-        """Load and warm a release beside the one that answers."""
-        ...
-
-    def swap(self, prepared: Any) -> None:
-        """Let it answer."""
-        ...
-
-    def served(self, name: str) -> ServedRows:
-        """What it has answered since."""
-        ...
-
-    def set_killed(self, name: str, killed: bool) -> None:
-        """The kill switch. May come before the model is known."""
-        ...
-
-    def statuses(self) -> Sequence[ServingStatus]:
-        """Every model."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateOutcome:
-    """What one run, install or roll-back came to.
-
-    Attributes:
-        model: the model; None where it concerns the repository as a whole.
-        result: how it ended; None while it goes on (probation, held) or where there was nothing to look at.
-        state: where the model's update machine stands.
-        reason: one word.
-        message: one sentence.
-        version: the release concerned.
-        digest: its identity.
-        models: after ``run_once``, the outcome of every model; the fields above are the weightiest of them.
-    """
-
-    state: State
-    model: str | None = None
-    result: Result | None = None
-    reason: str = ""
-    message: str = ""
-    version: str | None = None
-    digest: str | None = None
-    models: tuple[UpdateOutcome, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for ``--json``."""
-        return {
-            "model": self.model,
-            "result": self.result.value if self.result else self.state.value,
-            "state": self.state.value,
-            "reason": self.reason,
-            "message": self.message,
-            "version": self.version,
-            "digest": self.digest,
-        }
-
-
 # Weightiest last: what run_once reports for a device with several models.
 _WEIGHT: Final = (
     Result.NO_ARTIFACT, Result.ALREADY_INSTALLED, None, Result.SUCCEEDED, Result.ABORTED, Result.TIMED_OUT,
     Result.REJECTED, Result.FAILED_NO_STATE_CHANGE, Result.FAILED_ROLLBACK_COMPLETE,
     Result.FAILED_UNABLE_TO_ROLLBACK,
 )  # fmt: skip
-
-
-@dataclass(slots=True)
-class _Tracked:
-    """What is known of one model in this process, beside its record."""
-
-    record: UpdateRecord
-    saved: UpdateRecord
-    active_since: float = 0.0  # monotonic: when the release on probation went live, or this process began
-    proven: tuple[Any, ...] | None = None  # the fingerprint of the release that was last hashed and right
-    damaged: bool = False
-    reloaded: float = float("-inf")  # monotonic: last try to load again
-    self_test: SelfTest | None = None
-    counted: tuple[Any, ...] = ()  # the last result that was counted: once per change, not per poll
 
 
 @dataclass(slots=True)
@@ -260,7 +151,8 @@ class Updater:
         self._turn = asyncio.Lock()  # one thing at a time: run, install or roll-back
         self._hands: Hands | None = None  # the worker at work, for an operator to interrupt
         self._source: Source | None = None
-        self._models: dict[str, _Tracked] = {}
+        self._ledger = Ledger(store, metrics, now, monotonic)
+        self._models = self._ledger.models
         self._known = _Known()
         self._retry = _Backoff(config.interval_seconds, self._rng)
 
@@ -329,14 +221,14 @@ class Updater:
                 self._trusted(checked)
                 outcomes = []
                 for model, share in sorted(checked.shares.items()):
-                    await self._track(model)
+                    await self._ledger.track(model)
                     async with self._attempt(model, share.release if share else None) as attempt:
                         outcomes.append(await self._follow(model, share, hands, scratch))
                     if attempt.error is not None:
                         outcomes.append(await self._end_of(attempt))
         except (EdgeError, OSError) as error:
             self._retry.failed(self._monotonic())
-            self._no_repository(*_result_of(error), str(error))
+            self._no_repository(*result_of(error), str(error))
             return
         if any(one.result in _TRY_AGAIN or one.state is State.ROLLING_BACK for one in outcomes):
             self._retry.failed(self._monotonic())
@@ -360,20 +252,20 @@ class Updater:
         if tracked.record.state is State.PROBATION:
             candidate = tracked.record.candidate
             if wanted is None or (candidate and wanted.digest == candidate.digest) or (share and share.held):
-                return self._outcome(model, None, "probation", "on probation", candidate)
+                return self._ledger.outcome(model, None, "probation", "on probation", candidate)
             await self._abandon(model, f"{wanted.version} is wanted instead")
         if tracked.record.state is State.ROLLING_BACK:
-            return self._outcome(model, None, "rolling_back", "rolling back", tracked.record.candidate)
+            return self._ledger.outcome(model, None, "rolling_back", "rolling back", tracked.record.candidate)
 
-        self._move(model, Event.POLL)
+        self._ledger.move(model, Event.POLL)
         current = self._store.pointer(model)
         decision = decide(share, current, await self._is_intact(model), tracked.record)
         if decision.event is not Event.NEW_RELEASE or share is None or wanted is None:
-            self._move(model, decision.event)
-            await self._save(model, tolerant=True)
+            self._ledger.move(model, decision.event)
+            await self._ledger.save(model, tolerant=True)
             if decision.result is not None:
-                self._count(model, decision.result, decision.reason, wanted)
-            return self._outcome(model, decision.result, decision.reason, decision.message, wanted)
+                self._ledger.count(model, decision.result, decision.reason, wanted)
+            return self._ledger.outcome(model, decision.result, decision.reason, decision.message, wanted)
         return await self._update(model, share, wanted, hands, scratch)
 
     async def _update(
@@ -393,16 +285,16 @@ class Updater:
             await asyncio.to_thread(self._refuse_without_space, manifest, needed)
             await hands.ask(Fetch(str(staged), tuple(sorted(lacking))))
 
-            await self._step(model, Event.FETCHED)
+            await self._ledger.step(model, Event.FETCHED)
             bundle = await asyncio.to_thread(self._store.admit, staged)
-            await self._step(model, Event.VERIFIED)
+            await self._ledger.step(model, Event.VERIFIED)
             await self._take_live(model, bundle, hands)
         return await self._end_of(attempt)
 
     async def _take_live(self, model: str, bundle: Bundle, hands: Hands) -> None:
         """Test an admitted release, warm it, switch to it; from here on it is on probation."""
         tracked = self._models[model]
-        await self._step(model, Event.TEST)
+        await self._ledger.step(model, Event.TEST)
         report = await hands.ask(Test(str(bundle.path)))
         assert isinstance(report, SelfTest)
         tracked.self_test = report
@@ -412,14 +304,14 @@ class Updater:
 
         before = self._store.pointer(model)
         previous = before if before != bundle.digest else tracked.record.previous
-        await self._step(model, Event.PASSED, previous=previous, starts=1 if self._serving else 0)
+        await self._ledger.step(model, Event.PASSED, previous=previous, starts=1 if self._serving else 0)
         await asyncio.to_thread(self._store.activate, bundle)
         if self._serving:
             self._serving.swap(prepared)
         tracked.active_since = self._monotonic()
         tracked.proven = await asyncio.to_thread(_fingerprint, bundle)
-        self._move(model, Event.ACTIVATED)
-        await self._save(model, tolerant=True)  # `activating` on disk resumes to the same
+        self._ledger.move(model, Event.ACTIVATED)
+        await self._ledger.save(model, tolerant=True)  # `activating` on disk resumes to the same
 
     # Probation
 
@@ -436,7 +328,7 @@ class Updater:
                 verdict, reason, message = judge(self._config.probation, seen)
                 if verdict is Verdict.HEALTHY:
                     text = f"{record.candidate.version} proved itself: {message}"
-                    outcome = await self._finish(model, Event.HEALTHY, Result.SUCCEEDED, reason, text)
+                    outcome = await self._ledger.finish(model, Event.HEALTHY, Result.SUCCEEDED, reason, text)
                     self._known.outcome = outcome
                 elif verdict is Verdict.UNHEALTHY:
                     self._known.outcome = await self._take_back(model, Event.UNHEALTHY, reason, message)
@@ -463,8 +355,10 @@ class Updater:
             logger.warning("model %s: %s is taken back: %s", model, release.version, message)
             entry = Rejected(release.digest, release.version, reason, message, self._now())
             tracked.record = tracked.record.rejecting(entry)
-        self._move(model, event)
-        await self._save(model, tolerant=True)  # a disk that refuses does not keep a bad model in service
+        self._ledger.move(model, event)
+        await self._ledger.save(
+            model, tolerant=True
+        )  # a disk that refuses does not keep a bad model in service
         return await self._go_back(model)
 
     async def _go_back(self, model: str) -> UpdateOutcome:
@@ -488,10 +382,10 @@ class Updater:
             text = f"{message}; and there is no way back: {error}"
             if isinstance(error, StoreError) and why not in ("no_previous", "corrupt_previous"):
                 # The old release answers already; its pointer is tried again with the next look.
-                self._count(model, Result.FAILED_UNABLE_TO_ROLLBACK, why, release)
-                return self._outcome(model, Result.FAILED_UNABLE_TO_ROLLBACK, why, text, release)
-            return await self._finish(model, Event.FAIL, Result.FAILED_UNABLE_TO_ROLLBACK, why, text)
-        return await self._finish(model, Event.ROLLED_BACK, result, reason, message)
+                self._ledger.count(model, Result.FAILED_UNABLE_TO_ROLLBACK, why, release)
+                return self._ledger.outcome(model, Result.FAILED_UNABLE_TO_ROLLBACK, why, text, release)
+            return await self._ledger.finish(model, Event.FAIL, Result.FAILED_UNABLE_TO_ROLLBACK, why, text)
+        return await self._ledger.finish(model, Event.ROLLED_BACK, result, reason, message)
 
     async def _swap_to(self, bundle: Bundle | None) -> None:
         if bundle is None or self._serving is None:
@@ -507,7 +401,7 @@ class Updater:
         has_previous = (await asyncio.to_thread(self._previous_digest, model)) is not None
         logger.info("model %s: probation is given up: %s", model, why)
         if not has_previous:
-            await self._finish(model, Event.SUPERSEDED, Result.ABORTED, "superseded", why)
+            await self._ledger.finish(model, Event.SUPERSEDED, Result.ABORTED, "superseded", why)
             return
         await self._take_back(model, Event.ROLL_BACK, "superseded", why, reject=False)
         if tracked.record.state is State.ROLLING_BACK:
@@ -533,10 +427,10 @@ class Updater:
                     limit = self._config.max_bundle_bytes
                     bundle = await asyncio.to_thread(_stage_local, path, staged, limit)
                     model, release = bundle.name, Release(bundle.manifest.version, bundle.digest)
-                    await self._track(model)
+                    await self._ledger.track(model)
                     outcome = await self._install(model, release, bundle, hands)
             except (EdgeError, ContractError, OSError) as error:
-                result, reason = _result_of(error)
+                result, reason = result_of(error)
                 return UpdateOutcome(
                     state=self._models[model].record.state if model in self._models else State.IDLE,
                     model=model, result=result, reason=reason, message=str(error),
@@ -549,7 +443,9 @@ class Updater:
         tracked = self._models[model]
         if self._store.pointer(model) == release.digest and await self._is_intact(model):
             message = f"{model} {release.version} is installed"
-            return self._outcome(model, Result.ALREADY_INSTALLED, "already_installed", message, release)
+            return self._ledger.outcome(
+                model, Result.ALREADY_INSTALLED, "already_installed", message, release
+            )
         if tracked.record.state is State.PROBATION:
             await self._abandon(model, "an operator installs another release")
         async with self._attempt(model, release) as attempt:
@@ -557,12 +453,12 @@ class Updater:
             await self._begin(model, Event.INSTALL, release, rollout="")
             self._refuse_unfit(model, staged.manifest, tracked.record.minimum_version)
             bundle = await asyncio.to_thread(self._store.admit, staged.path)
-            await self._step(model, Event.VERIFIED)
+            await self._ledger.step(model, Event.VERIFIED)
             await self._take_live(model, bundle, hands)
         outcome = await self._end_of(attempt)
         if outcome.result is None:  # on probation: to the operator it is done
             message = f"{model} {release.version} is live, on probation"
-            return self._outcome(model, Result.SUCCEEDED, "installed", message, release)
+            return self._ledger.outcome(model, Result.SUCCEEDED, "installed", message, release)
         return outcome
 
     async def roll_back(self, model: str | None) -> UpdateOutcome:
@@ -575,14 +471,14 @@ class Updater:
         name = self._named(model)
         self._interrupt()
         async with self._turn:
-            tracked = await self._track(name)
+            tracked = await self._ledger.track(name)
             current = self._store.pointer(name)
             release = await asyncio.to_thread(self._release_of, name, tracked.record, current)
             if tracked.record.state in RESTING or tracked.record.state is State.PROBATION:
                 try:
                     await asyncio.to_thread(self._refuse_way_back, name, tracked.record)
                 except (StoreError, UpdateRejected) as error:
-                    return self._outcome(name, *_result_of(error), str(error), release)
+                    return self._ledger.outcome(name, *result_of(error), str(error), release)
             if tracked.record.state is not State.ROLLING_BACK:
                 tracked.record = msgspec.structs.replace(tracked.record, candidate=release)
                 await self._take_back(name, Event.ROLL_BACK, "operator", "rolled back by an operator")
@@ -591,12 +487,14 @@ class Updater:
             last = tracked.record.last
             back = await asyncio.to_thread(self._store.current, name)
             if last is None or back is None or tracked.record.state is State.ROLLING_BACK:
-                return self._outcome(
+                return self._ledger.outcome(
                     name, Result.FAILED_UNABLE_TO_ROLLBACK, "store", "the disk refused; tried again", release
                 )
             version = back.manifest.version
             message = f"{name} is back at {version}" if last.result is Result.SUCCEEDED else last.message
-            return self._outcome(name, last.result, last.reason, message, Release(version, back.digest))
+            return self._ledger.outcome(
+                name, last.result, last.reason, message, Release(version, back.digest)
+            )
 
     def status(self) -> dict[str, Any]:
         """Where every update stands, for ``edge-agent status``."""
@@ -609,7 +507,7 @@ class Updater:
             "trouble": {"reason": known.trouble.reason, "message": known.trouble.message}
             if known.trouble
             else None,
-            "models": {model: _describe(tracked) for model, tracked in sorted(self._models.items())},
+            "models": {model: tracked.as_dict() for model, tracked in sorted(self._models.items())},
         }
 
     # After a restart
@@ -623,7 +521,7 @@ class Updater:
                 logger.exception("model %s: its update is not resumed; what is current is served", model)
 
     async def _resume(self, model: str) -> None:
-        tracked = await self._track(model)
+        tracked = await self._ledger.track(model)
         tracked.active_since = self._monotonic()
         if tracked.record.killed and self._serving:
             self._serving.set_killed(model, killed=True)
@@ -634,18 +532,18 @@ class Updater:
             interrupted = tracked.record.interrupted + (was in _RUNS_THE_MODEL)
             logger.warning("model %s: the agent ended while %s; on with %s", model, was.value, state.value)
             tracked.record = msgspec.structs.replace(tracked.record, state=state, interrupted=interrupted)
-            await self._save(model, tolerant=True)
+            await self._ledger.save(model, tolerant=True)
             if interrupted > self._config.probation.max_restarts and state is State.IDLE and release:
                 message = f"the agent ended {interrupted} times while installing it"
-                self._reject(model, release, "crash_loop", message)
-                self._record_end(model, Result.REJECTED, "crash_loop", message, release)
-                await self._save(model, tolerant=True)
+                self._ledger.reject(model, release, "crash_loop", message)
+                self._ledger.record_end(model, Result.REJECTED, "crash_loop", message, release)
+                await self._ledger.save(model, tolerant=True)
         if state is State.ACTIVATING and release is not None:
             await self._resume_activating(model, release)
         if tracked.record.state is State.PROBATION:
             starts = tracked.record.starts + 1
             tracked.record = msgspec.structs.replace(tracked.record, starts=starts)
-            await self._save(model, tolerant=True)
+            await self._ledger.save(model, tolerant=True)
             if starts > 1 + self._config.probation.max_restarts:
                 await self._take_back(
                     model, Event.UNHEALTHY, "crash_loop", f"the agent ended {starts - 1} times on probation"
@@ -661,10 +559,10 @@ class Updater:
             await asyncio.to_thread(self._store.activate, bundle)
         except (StoreError, ContractError) as error:
             logger.warning("model %s: %s is not activated: %s", model, release.version, error)
-            self._move(model, Event.FAIL)
+            self._ledger.move(model, Event.FAIL)
         else:
-            self._move(model, Event.ACTIVATED)
-        await self._save(model, tolerant=True)
+            self._ledger.move(model, Event.ACTIVATED)
+        await self._ledger.save(model, tolerant=True)
 
     # Parts of the story
 
@@ -684,23 +582,23 @@ class Updater:
         model, release, error = attempt.model, attempt.release, attempt.error
         record = self._models[model].record
         if error is None:
-            return self._outcome(model, None, "probation", "live, on probation", release)
-        result, reason = _result_of(error)
+            return self._ledger.outcome(model, None, "probation", "live, on probation", release)
+        result, reason = result_of(error)
         if release is not None and result is Result.REJECTED and reason in _PERMANENT:
-            self._reject(model, release, reason, str(error))
+            self._ledger.reject(model, release, reason, str(error))
         moved = release is not None and self._store.pointer(model) == release.digest
         if record.state is State.ACTIVATING and moved:
             # A disk that cannot make the switch durable says nothing about the release.
             to_blame = not isinstance(error, StoreError)
             return await self._take_back(model, Event.UNHEALTHY, reason, str(error), reject=to_blame)
         if record.state in BUSY and record.state is not State.ROLLING_BACK:
-            return await self._finish(model, Event.FAIL, result, reason, str(error))
-        return self._outcome(model, result, reason, str(error), release)
+            return await self._ledger.finish(model, Event.FAIL, result, reason, str(error))
+        return self._ledger.outcome(model, result, reason, str(error), release)
 
     async def _begin(self, model: str, event: Event, release: Release, rollout: str) -> None:
         record = self._models[model].record
         again = event is Event.NEW_RELEASE and record.candidate == release
-        await self._step(
+        await self._ledger.step(
             model, event, candidate=release, rollout=rollout, started=self._now(),
             interrupted=record.interrupted if again else 0,
         )  # fmt: skip
@@ -716,7 +614,7 @@ class Updater:
             tracked.record = msgspec.structs.replace(
                 tracked.record, killed=share.killed, minimum_version=share.minimum_version
             )
-            await self._save(model, tolerant=True)
+            await self._ledger.save(model, tolerant=True)
 
     def _refuse_unfit(self, model: str, manifest: Manifest, minimum: Version | None) -> None:
         if manifest.name != model:
@@ -739,7 +637,7 @@ class Updater:
         """Whether the files of a current release changed on disk, or serving has lost its model."""
         damaged = False
         for model in await asyncio.to_thread(self._store.models):
-            await self._track(model)
+            await self._ledger.track(model)
             if self._store.pointer(model) is None:
                 continue
             known = self._models[model].damaged
@@ -797,113 +695,6 @@ class Updater:
             return None
         return next((status for status in self._serving.statuses() if status.name == model), None)
 
-    # The record
-
-    async def _track(self, model: str) -> _Tracked:
-        if model not in self._models:
-            record = await asyncio.to_thread(self._store.record, model)
-            self._models[model] = _Tracked(record, record, active_since=self._monotonic())
-            if self._metrics:
-                self._metrics.update_results(model, [result.value for result in Result])
-            self._show(model)
-        return self._models[model]
-
-    def _move(self, model: str, event: Event, **changes: Any) -> None:
-        tracked = self._models[model]
-        before = tracked.record.state
-        state = advance(before, event)
-        tracked.record = msgspec.structs.replace(tracked.record, state=state, **changes)
-        logger.debug("model %s: %s -> %s (%s)", model, before.value, state.value, event.value)
-        self._show(model)
-
-    async def _step(self, model: str, event: Event, **changes: Any) -> None:
-        """Announce the next step on disk; without that it does not happen.
-
-        Raises:
-            StoreError: the disk refused; the state is as it was.
-        """
-        tracked = self._models[model]
-        before = tracked.record
-        self._move(model, event, **changes)
-        try:
-            await self._save(model)
-        except StoreError:
-            tracked.record = before
-            self._show(model)
-            raise
-
-    async def _save(self, model: str, *, tolerant: bool = False) -> None:
-        tracked = self._models[model]
-        if tracked.record == tracked.saved:
-            return
-        try:
-            await asyncio.to_thread(self._store.save, model, tracked.record)
-        except StoreError as error:
-            if not tolerant:
-                raise
-            logger.error("model %s: the update state is not on disk: %s", model, error)
-        else:
-            tracked.saved = tracked.record
-
-    async def _finish(
-        self, model: str, event: Event, result: Result, reason: str, message: str
-    ) -> UpdateOutcome:
-        """The update is over: say so on disk, in the metrics and in the log, and clean up."""
-        release = self._models[model].record.candidate
-        self._move(model, event)
-        self._record_end(model, result, reason, message, release)
-        await self._save(model, tolerant=True)
-        with contextlib.suppress(StoreError):  # garbage that stays is only garbage
-            await asyncio.to_thread(self._store.collect_garbage)
-            if result is Result.SUCCEEDED:
-                await asyncio.to_thread(self._store.forget_partial)
-        return self._outcome(model, result, reason, message, release)
-
-    def _record_end(
-        self, model: str, result: Result, reason: str, message: str, release: Release | None
-    ) -> None:
-        tracked = self._models[model]
-        version, digest = (release.version, release.digest) if release else ("", "")
-        finished = Finished(result, reason, message, str(version), str(digest), self._now())
-        tracked.record = msgspec.structs.replace(tracked.record, last=finished)
-        self._count(model, result, reason, release)
-
-    def _reject(self, model: str, release: Release, reason: str, message: str) -> None:
-        tracked = self._models[model]
-        tracked.record = tracked.record.rejecting(
-            Rejected(release.digest, release.version, reason, message, self._now())
-        )
-
-    def _count(self, model: str, result: Result, reason: str, release: Release | None) -> None:
-        """Count and log a result once: a poll that finds the same again is no new update."""
-        tracked = self._models[model]
-        key = (result, reason, release)
-        same_release = len(tracked.counted) == 3 and tracked.counted[2] == release
-        quiet = result is Result.ALREADY_INSTALLED and same_release
-        if key == tracked.counted or quiet:
-            return
-        tracked.counted = key
-        level = logging.INFO if result in _GOOD else logging.WARNING
-        version = release.version if release else ""
-        logger.log(level, "model %s: update %s (%s) %s", model, result.value, reason, version)
-        if self._metrics:
-            self._metrics.update_result(model, result.value)
-
-    def _show(self, model: str) -> None:
-        if self._metrics:
-            self._metrics.update_state(
-                model, self._models[model].record.state.value, [state.value for state in State]
-            )
-
-    def _outcome(
-        self, model: str, result: Result | None, reason: str, message: str, release: Release | None
-    ) -> UpdateOutcome:
-        return UpdateOutcome(
-            model=model, result=result, state=self._models[model].record.state, reason=reason,
-            message=message, version=release.version if release else None,
-            digest=release.digest if release else None,
-        )  # fmt: skip
-
     # The repository
 
     def _reached(self) -> None:
@@ -927,7 +718,7 @@ class Updater:
             logger.warning("updates: %s (%s); what is installed keeps serving", message, reason)
             if result is Result.REJECTED:
                 for model in self._models:
-                    self._count(model, result, reason, None)
+                    self._ledger.count(model, result, reason, None)
         self._known.trouble = UpdateOutcome(state=State.IDLE, result=result, reason=reason, message=message)
 
     @contextlib.asynccontextmanager
@@ -948,7 +739,7 @@ class Updater:
             scratch=str(scratch), timeout=self._config.timeout_seconds, engine=self._engine,
         )  # fmt: skip
         worker = (
-            this_process(setup)
+            this_process(setup, self._store.disk)
             if self._config.in_process
             # Its own waits end first, with a better message; this is for one that hangs.
             else child_process(setup, silence_seconds=self._config.timeout_seconds + _GRACE_SECONDS)
@@ -1003,7 +794,6 @@ class _Attempt:
 
 
 _RUNS_THE_MODEL: Final = (State.TESTING, State.SHADOWING, State.ACTIVATING)
-_GOOD: Final = frozenset({Result.SUCCEEDED, Result.ALREADY_INSTALLED, Result.NO_ARTIFACT})
 _TRY_AGAIN: Final = frozenset(
     {
         Result.FAILED_NO_STATE_CHANGE,
@@ -1013,52 +803,6 @@ _TRY_AGAIN: Final = frozenset(
     }
 )
 _RESULT_OF_TAKING_BACK: Final = {"operator": Result.SUCCEEDED, "aborted": Result.ABORTED}
-
-
-def _result_of(error: Exception) -> tuple[Result, str]:
-    """The one table from what went wrong to result and reason."""
-    match error:
-        case UpdateRejected():
-            return Result.REJECTED, error.reason
-        case EngineError():
-            return Result.REJECTED, "engine"
-        case BadRules():
-            return Result.REJECTED, "rules"
-        case ContractError():
-            return Result.REJECTED, "bad_bundle"
-        case TimedOut():
-            return Result.TIMED_OUT, "timed_out"
-        case Aborted():
-            return Result.ABORTED, "operator"
-        case StoreError() | SourceFailed():
-            return Result.FAILED_NO_STATE_CHANGE, error.reason
-        case SourceError():
-            return Result.FAILED_NO_STATE_CHANGE, "unreachable"
-        case OSError():
-            return Result.FAILED_NO_STATE_CHANGE, "os"
-        case _:
-            return Result.FAILED_NO_STATE_CHANGE, "bug"
-
-
-def _describe(tracked: _Tracked) -> dict[str, Any]:
-    record = tracked.record
-    return {
-        "state": record.state.value,
-        "candidate": {"version": str(record.candidate.version), "digest": str(record.candidate.digest)}
-        if record.candidate
-        else None,
-        "rollout": record.rollout,
-        "killed": record.killed,
-        "minimum_version": str(record.minimum_version) if record.minimum_version else None,
-        "last_result": record.last_result,
-        "last_reason": record.last_reason,
-        "last_message": record.last.message if record.last else None,
-        "rejected": [
-            {"version": str(r.version), "digest": str(r.digest), "reason": r.reason, "message": r.message}
-            for r in record.rejected
-        ],
-        "self_test": tracked.self_test.as_dict() if tracked.self_test else None,
-    }
 
 
 def _fingerprint(bundle: Bundle) -> tuple[Any, ...]:

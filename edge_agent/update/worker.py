@@ -27,7 +27,7 @@ from edge_agent.contract.assignments import assigned
 from edge_agent.contract.bundle import open_bundle
 from edge_agent.contract.errors import ContractError
 from edge_agent.errors import ConfigError, EngineError, SourceError, StoreError, UpdateRejected
-from edge_agent.store.fs import explained
+from edge_agent.store.fs import Disk, explained
 from edge_agent.update import messages
 from edge_agent.update.fetch import fetch_members
 from edge_agent.update.messages import (
@@ -60,8 +60,9 @@ _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 class Worker:
     """Carries out commands, one after the other."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, disk: Disk | None = None) -> None:
         self._setup = setup
+        self._disk = disk
         self._repository: TrustedRepository | None = None
 
     def handle(self, command: Command, tell: Tell) -> Reply:
@@ -106,7 +107,12 @@ class Worker:
             ) from error
         source = open_source(setup.source, setup.timeout)
         repository = TrustedRepository(
-            source, root, Path(setup.tuf), Path(setup.scratch), progress=lambda: tell(Progress(0))
+            source,
+            root,
+            Path(setup.tuf),
+            Path(setup.scratch),
+            progress=lambda: tell(Progress(0)),
+            disk=self._disk,
         )
         repository.refresh()
         document = repository.assignments()
