@@ -26,7 +26,7 @@ class Agent:
     def __init__(self, folder: Path, publisher: Publisher) -> None:
         self.store = Store.open(folder)
         self.metrics = AgentMetrics(CollectorRegistry(), "unit-1", "0.1.0")
-        self.service = Service(ServingConfig(), EngineConfig(), DriftConfig(), self.metrics)
+        self.service = Service(ServingConfig(deadline_ms=5000), EngineConfig(), DriftConfig(), self.metrics)
         config = UpdatesConfig(
             source=str(publisher.path), root=str(publisher.root), in_process=True, interval_seconds=0.05,
             probation=ProbationConfig(seconds=0, requests=20),
