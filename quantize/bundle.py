@@ -12,10 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -42,40 +39,6 @@ _FAR: Final = 3  # golden rows far outside
 _FLOAT_TOLERANCE: Final = 3e-4
 _INT8_TOLERANCE: Final = 1e-2
 _SPREAD_FACTOR: Final = 3.0  # times the spread between this machine's own ways to run the graph
-
-
-# -- staging ----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def staging(out: Path, label: str) -> Iterator[Path]:
-    """A folder on the file system of ``out``, removed at the end, whatever happens.
-
-    Raises:
-        OutputError: ``out`` cannot be made or written, the disk is full.
-    """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{label}.", suffix=".staging", dir=out))
-    except OSError as error:
-        _remove_empty(made)
-        raise OutputError(
-            f"output folder {out}: {error.strerror or error}: choose another with --out"
-        ) from error
-    try:
-        yield stage
-    except OSError as error:
-        raise OutputError(f"output folder {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        _remove_empty(made)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):  # not empty: the bundle is in it
-            folder.rmdir()
 
 
 def publish(stage: Path, out: Path, label: str, *, overwrite: bool) -> tuple[Path, Path, Path]:

@@ -187,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threshold",
         type=_checked(Threshold.parse),
         metavar="quantile:Q|fpr:X|f1|cost:FN/FP|VALUE",
-        help="scores above it fail (default: quantile:0.995 of the calibration scores; 0.5 with --fail-class)",
+        help="scores above it fail (default: quantile:0.995 of calibration scores; 0.5 with --fail-class)",
     )
 
     add = parser.add_argument_group("how accurate, how small").add_argument

@@ -24,7 +24,17 @@ from quantize.data import Input, Rows, both_classes, good_rows, load_data, load_
 from quantize.errors import BadModel
 from quantize.graph import all_nodes, rename_reads, unique
 
-__all__ = ["FloatModel", "Input", "Rows", "both_classes", "good_rows", "load_data", "load_model", "load_rows"]
+__all__ = [
+    "FloatModel",
+    "Input",
+    "Rows",
+    "both_classes",
+    "good_rows",
+    "load_data",
+    "load_model",
+    "load_rows",
+    "read_model",
+]
 
 MAX_BYTES: Final = (1 << 31) - 1  # a protobuf message, which is what onnxruntime is given
 _QUANTIZED: Final = (
@@ -88,11 +98,8 @@ def load_model(path: Path, settings: Mapping[str, float] | None = None, *, trust
         BadModel: no such file, not ONNX, already quantized, a tree model, operators without a kernel,
             external data outside the folder, or onnxruntime cannot load it.
     """
-    notes: list[str] = []
-    try:
-        digest, size, proto = _read(path, trust, notes)
-    except OSError as error:
-        raise BadModel(f"model {path}: {error.strerror or error}") from error
+    proto, digest, size = read_model(path, trust=trust)
+    notes = [f"converted from {path.suffix} to ONNX"] if path.suffix in _CONVERTED else []
     _refuse(path, proto)
     original = onnx.ModelProto()
     original.CopyFrom(proto)
@@ -121,14 +128,28 @@ def load_model(path: Path, settings: Mapping[str, float] | None = None, *, trust
 # -- reading ----------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, trust: bool, notes: list[str]) -> tuple[Digest, int, onnx.ModelProto]:
+def read_model(path: Path, *, trust: bool = False) -> tuple[onnx.ModelProto, Digest, int]:
+    """Read a file, its external data included, as it is.
+
+    Returns:
+        the model, and digest and bytes of what was read.
+
+    Raises:
+        BadModel: no such file, not ONNX, or its external data is missing or outside its folder.
+    """
+    try:
+        return _read(path, trust)
+    except OSError as error:
+        raise BadModel(f"model {path}: {error.strerror or error}") from error
+
+
+def _read(path: Path, trust: bool) -> tuple[onnx.ModelProto, Digest, int]:
     if path.suffix in _CONVERTED:
         from quantize import convert  # scikit-learn and PyTorch are extras
 
         digest = Digest.of_file(path)
         proto = convert.to_onnx(path, trust=trust)
-        notes.append(f"converted from {path.suffix} to ONNX")
-        return digest, proto.ByteSize(), proto
+        return proto, digest, proto.ByteSize()
     if path.is_dir():
         raise BadModel(f"model {path} is a folder: give the .onnx file in it")
     size = path.stat().st_size
@@ -143,7 +164,7 @@ def _read(path: Path, trust: bool, notes: list[str]) -> tuple[Digest, int, onnx.
     digest, external = _external_data(path, proto)
     if size + external > MAX_BYTES:
         raise BadModel(f"model {path} has {(size + external) / 1e9:.1f} GB, at most 2 GB can be quantized")
-    return digest, size + external, proto
+    return proto, digest, size + external
 
 
 def _external_data(path: Path, proto: onnx.ModelProto) -> tuple[Digest, int]:

@@ -28,6 +28,7 @@ from quantize.fallback import Fallback
 from quantize.int8 import Int8Model, plan_of, to_int8
 from quantize.load import FloatModel, both_classes, good_rows, load_model, load_rows
 from quantize.prepare import PreparedModel, prepare
+from quantize.staging import staging
 from quantize.validate import Judge, Parts, Verdict, split, validate
 
 # The oldest agent that reads this bundle format.
@@ -80,7 +81,7 @@ def build(config: QuantizeConfig, log: StepLog) -> BuiltBundle:
         calibration = good_rows(load_rows(config.calibration, source.inputs))
         held_out = both_classes(load_rows(config.validation, source.inputs)) if config.validation else None
         parts = split(calibration, held_out)
-    with bundling.staging(config.out, label) as stage:
+    with staging(config.out, label) as stage:
         with log.step("prepare"):
             model = prepare(source, calibration, config.prepare)
         with log.step("calibrate"):
