@@ -72,7 +72,12 @@ class AgentMetrics:
             failed=self._decisions.labels(model, version, "fail").inc,
             observe=self._inference.labels(model, version).observe_all,
             batch=self._batch.labels(model, version).observe,
+            latencies=self._inference.labels(model, version).counts,
         )
+
+    def last_answer(self, model: str, version: str) -> float:
+        """When this release answered last, seconds since 1970; 0: never."""
+        return self._inference.labels(model, version).last
 
     def request(self, protocol: str, status: str) -> Callable[[], None]:
         """The increment of one (protocol, status); hold it, do not look it up per request."""
@@ -172,12 +177,13 @@ class ReleaseMetrics:
 class _Buckets:
     """The counts of one label set; those of the buckets are not cumulated."""
 
-    __slots__ = ("_bounds", "counts", "total")
+    __slots__ = ("_bounds", "counts", "last", "total")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
+        self.last = 0.0  # when a value came last, seconds since 1970; 0: never
 
     def observe_all(self, values: Sequence[float]) -> None:
         """Count every value."""
@@ -185,6 +191,7 @@ class _Buckets:
         for value in values:
             counts[bisect_left(bounds, value)] += 1
         self.total += sum(values)
+        self.last = time.time()
 
 
 class _Durations(Collector):

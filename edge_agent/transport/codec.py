@@ -33,7 +33,7 @@ from edge_agent.transport import numbers
 JSON: Final = "application/json"
 BINARY: Final = "application/octet-stream"
 
-EXTENSIONS: Final = ("binary_tensor_data", "model_repository")
+EXTENSIONS: Final = ("binary_tensor_data", "model_repository", "statistics")
 PLATFORM: Final = "onnx_onnxv1"
 _STATES: Final = {"ready": "READY", "loading": "LOADING"}  # Triton's words; whatever else is UNAVAILABLE
 

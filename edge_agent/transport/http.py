@@ -394,6 +394,9 @@ class _Connection(asyncio.Protocol):
             case 6:
                 if name.lower() == b"expect":
                     exchange.expect = value.lower()
+            case 12:
+                if name.lower() == b"content-type":
+                    exchange.content_type = value
             case 13:
                 if name.lower() == b"authorization":
                     exchange.authorization = value

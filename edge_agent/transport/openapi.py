@@ -305,7 +305,6 @@ _RESPONSES: Final[dict[str, _Schema]] = {
     "401": _error("No token or certificate of a client of this device", WWW_Authenticate="Bearer"),
     "403": _error("Answered only on the control socket of the store"),
     "404": _error("No such path, model or version"),
-    "405": _error("Another method is meant", Allow="the methods answered here"),
     "408": _error("The request was not complete in time; the connection is closed"),
     "413": _error("The body is over http.max_body_bytes"),
     "415": _error("A Content-Encoding is not taken"),

@@ -84,6 +84,7 @@ class Exchange:
     keep_alive: bool = True
     old: bool = False  # HTTP/1.0: keeping the connection must be said
     json_size: bytes | None = None
+    content_type: bytes | None = None
     encoding: bytes | None = None
     expect: bytes | None = None
     host: bool = False
@@ -269,7 +270,7 @@ class Routes:
     def _infer(self, exchange: Exchange, route: Route) -> None:
         request = codec.decode_infer(
             exchange.body(),
-            _json_size(exchange.json_size),
+            _json_size(exchange),
             lambda: self._service.manifest(route.model, route.version),
         )
         exchange.parts = []  # the tensors hold what is still needed of it
@@ -336,7 +337,9 @@ class Routes:
         exchange.reply(200 if ready else 503, body)
 
     def _index(self, exchange: Exchange, _: Route) -> None:
-        only_ready = bool(exchange.size) and _object(exchange.body()).get("ready") is True
+        only_ready = _object(exchange.body()).get("ready", False) if exchange.size else False
+        if not isinstance(only_ready, bool):
+            raise InvalidInput(f"ready: expected true or false, got {str(only_ready)[:80]}")
         index = codec.repository_index(self._service.statuses(), only_ready=only_ready)
         exchange.reply(200, codec.encode_json(index))
 
@@ -417,14 +420,21 @@ def quoted(data: bytes) -> str:
     return repr(data[:80].decode("ascii", "backslashreplace"))
 
 
-def _json_size(value: bytes | None) -> int | None:
+def _json_size(exchange: Exchange) -> int | None:
+    value = exchange.json_size
     if value is None:
         return None
     if not value.isdigit() or len(value) > 12:
         raise InvalidInput(
             f"Inference-Header-Content-Length: expected a number of bytes, got {quoted(value)}"
         )
-    return int(value)
+    size = int(value)
+    if size == 0 and exchange.content_type is not None and b"json" in exchange.content_type.lower():
+        raise InvalidInput(
+            "Inference-Header-Content-Length: 0 announces one raw tensor, Content-Type announces JSON; send "
+            f"{codec.BINARY}, or leave the header out"
+        )
+    return size
 
 
 def _object(body: bytes) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def _of_release(metrics: AgentMetrics, model: str, version: str) -> dict[str, An
     return {
         "name": model,
         "version": version,
+        "last_inference": round(metrics.last_answer(model, version) * 1000),  # ms since 1970; 0: never
         "inference_count": round(rows),
         "execution_count": round(count(names.BATCH_ROWS, "count")),
         "fallback_count": round(fallback_rows),

@@ -19,8 +19,8 @@ from edge_agent.contract.bundle import Bundle
 from edge_agent.serving.service import Service
 from edge_agent.telemetry.metrics import AgentMetrics
 from edge_agent.transport.http import HttpServer
-from edge_agent.transport.routes import Admin
 from edge_agent.transport.mqtt import MqttTransport
+from edge_agent.transport.routes import Admin
 
 TIMEOUT = 20.0  # seconds; a healthy step takes milliseconds
 
@@ -41,6 +41,12 @@ class Agent:
 
     def serve(self, bundle: Bundle | None, name: str | None = None) -> None:
         self.call(self.service.start(name or (bundle.name if bundle else "demo"), bundle))
+
+    def unload(self, name: str) -> None:
+        async def unload() -> None:
+            self.service.unload(name)
+
+        self.call(unload())
 
     def listen(self, admin: Admin | None = None, unix_path: Path | None = None, **config: Any) -> HttpServer:
         server = HttpServer(

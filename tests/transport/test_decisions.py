@@ -73,7 +73,7 @@ def test_a_single_row_in_a_list_still_gets_a_list(client: Client) -> None:
 
 
 def test_the_rules_answer_for_an_unloaded_model(agent: Agent, client: Client) -> None:
-    agent.loop.call_soon_threadsafe(agent.service.unload, "demo")
+    agent.unload("demo")
     result = client.post("/predict", {"features": [3, 3, 3, 3]}).json
     assert (result["decision"], result["source"], result["reason"]) == ("fail", "fallback", "unloaded")
     assert result["score"] > result["threshold"]

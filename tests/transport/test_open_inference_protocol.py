@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_null_is_a_missing_value(client: Client) -> None:
 
 
 def test_without_a_model_the_rules_answer_in_the_same_form(agent: Agent, client: Client) -> None:
-    agent.loop.call_soon_threadsafe(agent.service.unload, "demo")
+    agent.unload("demo")
     tensor = {"name": "features", "shape": [1, 4], "datatype": "FP32", "data": [3, 3, 3, 3]}
 
     answer = client.post("/v2/models/demo/infer", {"inputs": [tensor]})
@@ -157,3 +158,46 @@ def test_two_models_are_served_side_by_side(agent: Agent, client: Client, tmp_pa
     assert client.post("/predict", {"features": [2.0] * 6, "model": "wide"}).json["model"] == "wide"
     ambiguous = client.post("/predict", {"features": [2.0] * 6})
     assert (ambiguous.status, "demo, wide" in ambiguous.json["error"]) == (400, True)
+
+
+def test_statistics_count_what_was_answered(
+    agent: Agent, client: Client, stock: triton.InferenceServerClient
+) -> None:
+    (fresh,) = stock.get_inference_statistics()["model_stats"]
+    assert (fresh["name"], fresh["version"], fresh["inference_count"]) == ("demo", "1.0.0", 0)
+    assert fresh["last_inference"] == 0
+    before = time.time()
+    stock.infer("demo", [_tensor(binary=True)])
+    stock.infer("demo", [_tensor(binary=True)])
+    agent.unload("demo")
+    stock.infer("demo", [_tensor(binary=True)])
+
+    (stats,) = stock.get_inference_statistics("demo", "1.0.0")["model_stats"]
+
+    assert stats["inference_count"] == 9
+    assert stats["execution_count"] == 2
+    assert stats["fallback_count"] == 3
+    assert before * 1000 - 1 <= stats["last_inference"] <= time.time() * 1000 + 1
+    success = stats["inference_stats"]["success"]
+    assert success["count"] == 3
+    assert success["ns"] > 0
+    assert stats["inference_stats"]["fail"] == {"count": 0, "ns": 0}
+    assert client.get("/v2/models/stats").json == client.get("/v2/models/demo/stats").json
+    assert client.get("/v2/models/absent/stats").status == 404
+    assert client.get("/v2/models/demo/versions/9.9.9/stats").status == 404
+    assert "statistics" in stock.get_server_metadata()["extensions"]
+
+
+def test_the_repository_index_filters_by_what_is_asked(client: Client) -> None:
+    assert len(client.post("/v2/repository/index", {"ready": False}).json) == 1
+    refused = client.post("/v2/repository/index", {"ready": "yes"})
+    assert (refused.status, "ready: expected true or false" in refused.json["error"]) == (400, True)
+
+
+def test_load_and_unload_by_a_stock_client_are_answered_on_the_control_socket_only(
+    stock: triton.InferenceServerClient,
+) -> None:
+    for ask in (stock.load_model, stock.unload_model):
+        with pytest.raises(InferenceServerException, match="only on the control socket") as raised:
+            ask("demo")
+        assert raised.value.status() == "403"
