@@ -23,6 +23,7 @@ from typing import Any, Final, Literal, NamedTuple, cast
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from edge_agent.config import DriftConfig, EngineConfig, ServingConfig
 from edge_agent.contract import baseline as baselines
@@ -38,6 +39,7 @@ from edge_agent.serving import tensors
 from edge_agent.serving.batcher import Batcher, Pending
 from edge_agent.serving.decision import Scores, fails, on_the_models_scale
 from edge_agent.serving.engine import Engine
+from edge_agent.serving.shadow import Shadow, ShadowReport
 from edge_agent.serving.tensors import Feeds, Tensor
 from edge_agent.telemetry.metrics import AgentMetrics, ReleaseMetrics
 
@@ -53,6 +55,7 @@ _REASON_BY_STATE: Final[Mapping[str, str]] = {
     "unloaded": "unloaded",
     "failed": "model_error",
 }
+_OCTAVES: Final = 10  # scores are counted by doublings, from 2**-10 to 2**10 times the threshold
 _FAULTS_OF_THE_MODEL: Final = frozenset({"model_error", "non_finite", "deadline", "breaker_open"})
 
 
@@ -113,10 +116,23 @@ Then = Callable[[Answer | Exception], None]
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Rows answered since the current release was swapped in."""
+    """What a release has answered since it was swapped in.
+
+    Attributes:
+        rows: all of them.
+        fallback_rows: those answered by the rules, through a fault of the model.
+        non_finite_rows: of those, the ones where the model's result was not finite.
+        failed_rows: rows that the model decided fail.
+        latencies: requests by ``metric_names.LATENCY_BUCKETS``, not cumulated, those beyond it last.
+        scores: a sample of the model's scores by doublings of score / threshold (``_OCTAVES``).
+    """
 
     rows: int
-    fallback_rows: int  # by the rules, through a fault of the model
+    fallback_rows: int
+    non_finite_rows: int = 0
+    failed_rows: int = 0
+    latencies: tuple[int, ...] = ()
+    scores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +180,12 @@ class _Slot:
     open_until: float = 0.0
     rows: int = 0
     fallback_rows: int = 0
+    non_finite_rows: int = 0
+    failed_rows: int = 0
+    latencies_before: tuple[int, ...] = ()  # of this version when it was swapped in
+    scores: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * _OCTAVES + 1, np.int64))
+    before: Served | None = None  # what the release before came to
+    shadow: Shadow | None = None
     unwatched: list[tuple[Tensor, Scores]] = field(default_factory=list)
     unwatched_rows: int = 0
     drift: DriftVerdict | None = None
@@ -349,9 +371,13 @@ class Service:
         """Let a prepared release answer from now on; requests in flight finish on the one before."""
         name = prepared.manifest.name
         slot = self._slot(name)
+        if slot.release is not None and slot.release.bundle.digest != prepared.bundle.digest:
+            slot.before = self.served(name)
         before, slot.release = slot.release, prepared
         slot.failures, slot.open_until = 0, 0.0
-        slot.rows = slot.fallback_rows = 0
+        slot.rows = slot.fallback_rows = slot.non_finite_rows = slot.failed_rows = 0
+        slot.latencies_before = tuple(prepared.metrics.latencies)
+        slot.scores = np.zeros_like(slot.scores)
         slot.unwatched, slot.unwatched_rows, slot.drift = [], 0, None
         self._say(slot, "ready", "")
         self._metrics.model_info(name, prepared.manifest.version, prepared.bundle.digest)
@@ -406,7 +432,37 @@ class Service:
     def served(self, name: str) -> Served:
         """What the current release has answered since it was swapped in."""
         slot = self._slot(name)
-        return Served(slot.rows, slot.fallback_rows)
+        now = slot.release.metrics.latencies if slot.release else ()
+        since = slot.latencies_before or (0,) * len(now)
+        return Served(
+            slot.rows, slot.fallback_rows, slot.non_finite_rows, slot.failed_rows,
+            tuple(count - then for count, then in zip(now, since, strict=False)),
+            tuple(slot.scores.tolist()),
+        )  # fmt: skip
+
+    def served_before(self, name: str) -> Served | None:
+        """What the release before the current one had answered when it was replaced; None if unknown."""
+        return self._slot(name).before
+
+    def shadow(self, prepared: PreparedModel, share: float) -> None:
+        """Let a prepared release see a share of the requests that the model answers, and answer none."""
+        assert prepared.engine is not None
+        slot = self._slot(prepared.manifest.name)
+        if slot.shadow is not None:
+            raise RuntimeError(f"model {slot.name}: there is a shadow already")
+        slot.shadow = Shadow(prepared.manifest, prepared.engine, share)
+
+    def shadow_report(self, name: str) -> ShadowReport:
+        """How the shadow does; all zero where there is none."""
+        shadow = self._slot(name).shadow
+        return shadow.report() if shadow else ShadowReport()
+
+    async def end_shadow(self, name: str) -> None:
+        """Stop looking. The prepared release is the caller's again, to ``swap`` or to forget."""
+        slot = self._slot(name)
+        shadow, slot.shadow = slot.shadow, None
+        if shadow is not None:
+            await shadow.stop()
 
     def running(self, name: str) -> str | None:
         """The digest of the release whose model answers; None if the rules do."""
@@ -554,6 +610,10 @@ class Service:
         if slot.release is release:
             slot.failures = 0
             slot.rows += rows
+            slot.failed_rows += failed_rows
+            if slot.shadow is not None:
+                for request, answer in zip(requests, answers, strict=True):
+                    slot.shadow.offer(request.feeds, request.rows, answer.failed, answer.seconds)
         release.metrics.all_answered("ok", rows, failed_rows, [answer.seconds for answer in answers])
         for request, answer in zip(requests, answers, strict=True):
             request.told = True
@@ -587,6 +647,8 @@ class Service:
             slot.rows += rows
             if reason in _FAULTS_OF_THE_MODEL:
                 slot.fallback_rows += rows
+                if reason == "non_finite":
+                    slot.non_finite_rows += rows
         return Answer(
             manifest.name, manifest.version, release.bundle.digest, "fallback", reason,
             outputs, values, decision, seconds,
@@ -601,6 +663,7 @@ class Service:
         slot.unwatched, slot.unwatched_rows = [], 0
         if release is None or release.detector is None or not rows:
             return
+        slot.scores += _by_octave([scores for _, scores in rows], release.manifest.decision)
         verdict = await asyncio.to_thread(_update_drift, release.detector, rows)
         self._metrics.drift_rows(slot.name, release.detector.rows_in_window)
         if verdict is None or slot.release is not release:
@@ -692,6 +755,15 @@ def _rows(manifest: Manifest, feeds: Feeds, rows: int) -> Tensor:
     if first.ndim == 2 and first.shape[1] == width:
         return first
     return np.zeros((rows, width))
+
+
+def _by_octave(scores: list[Scores], decision: Decision | None) -> npt.NDArray[np.int64]:
+    """Counts by log2(score / threshold), rounded; all zero where there is no threshold above zero."""
+    if decision is None or decision.threshold <= 0:
+        return np.zeros(2 * _OCTAVES + 1, np.int64)
+    ratios = np.maximum(np.concatenate(scores), 1e-300) / decision.threshold
+    octaves = np.clip(np.rint(np.log2(ratios)), -_OCTAVES, _OCTAVES).astype(np.int64)
+    return np.bincount(octaves + _OCTAVES, minlength=2 * _OCTAVES + 1)
 
 
 def _update_drift(detector: DriftDetector, batches: list[tuple[Tensor, Scores]]) -> DriftVerdict | None:

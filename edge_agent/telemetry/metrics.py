@@ -12,7 +12,15 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
@@ -20,6 +28,9 @@ from prometheus_client.utils import floatToGoString
 
 from edge_agent.contract import metric_names as names
 from edge_agent.contract.metric_names import Metric
+
+# A _created series beside every counter doubles what is scraped and sent, and nobody reads it.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the package has no annotation there
 
 
 class AgentMetrics:
@@ -144,7 +155,7 @@ class AgentMetrics:
 class ReleaseMetrics:
     """What the service counts for one release. Every attribute is a bound method of a ready child."""
 
-    __slots__ = ("_failed", "_fallback", "_observe", "_ok", "_passed", "batch")
+    __slots__ = ("_failed", "_fallback", "_observe", "_ok", "_passed", "batch", "latencies")
 
     def __init__(
         self,
@@ -155,10 +166,12 @@ class ReleaseMetrics:
         failed: Callable[[float], None],
         observe: Callable[[Sequence[float]], None],
         batch: Callable[[float], None],
+        latencies: Sequence[int],
     ) -> None:
         self._ok, self._fallback = ok, fallback
         self._passed, self._failed, self._observe = passed, failed, observe
         self.batch = batch
+        self.latencies = latencies  # requests by LATENCY_BUCKETS, not cumulated; for reading
 
     def answered(self, reason: str, rows: int, failed_rows: int, seconds: float) -> None:
         """Count one answered request: its rows, and how many of them were decided fail."""
