@@ -115,7 +115,7 @@ function ago(seconds) {{
     if (seconds >= size) return Math.floor(seconds / size) + ' ' + name;
   return Math.max(0, Math.floor(seconds)) + ' s';
 }}
-function quantile(buckets, share) {{  // the upper bound of the bucket that holds it
+function quantile(buckets, share) {{  /* the upper bound of the bucket that holds it */
   const total = buckets.reduce((sum, bucket) => sum + bucket.count, 0);
   let seen = 0;
   for (const bucket of buckets) {{
@@ -172,7 +172,7 @@ function card(model, samples, updates, now) {{
   const last = before.get(model.name);
   before.set(model.name, {{rows, now}});
   const rate = last && now > last.now ? Math.max(0, rows - last.rows) / (now - last.now) : null;
-  let below = 0;  // the buckets of the exposition are cumulated
+  let below = 0;  /* the buckets of the exposition are cumulated */
   const buckets = mine.filter(s => s.name === 'edge_inference_duration_seconds_bucket'
       && s.labels.version === model.version)
     .map(s => ({{le: s.labels.le === '+Inf' ? Infinity : Number(s.labels.le), count: s.value}}))
