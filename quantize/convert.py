@@ -15,7 +15,12 @@ import onnx
 from quantize import runtime
 from quantize.errors import BadModel
 
-_OPSET: Final = 17
+_OPSETS: Final = {"": 17, "ai.onnx.ml": 3}
+# Types of scikit-learn's own networks that skops has not looked at yet. They hold arrays and do nothing.
+_HARMLESS: Final = (
+    "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
+    "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
+)
 _PICKLES: Final = (".joblib", ".pkl", ".pickle")
 
 
@@ -56,13 +61,14 @@ def _from_skops(path: Path, trust: bool) -> Any:
     except ImportError as error:
         raise _missing(path, "sklearn") from error
     try:
-        unknown = io.get_untrusted_types(file=path)
+        types = io.get_untrusted_types(file=path)
+        unknown = [name for name in types if name not in _HARMLESS]
         if unknown and not trust:
             raise BadModel(
                 f"model {path} holds types that skops does not know to be harmless: {', '.join(unknown)}: "
                 "give --trust if you know who made it"
             )
-        return io.load(path, trusted=unknown)
+        return io.load(path, trusted=types)
     except BadModel:
         raise
     except Exception as error:  # zip, JSON and skops' own
@@ -86,7 +92,7 @@ def _from_sklearn(path: Path, model: Any) -> onnx.ModelProto:
             model,
             initial_types=[("X", FloatTensorType([None, int(width)]))],
             options=options,
-            target_opset=_OPSET,
+            target_opset=_OPSETS,
         )
     except Exception as error:  # one exception type per kind of estimator
         raise BadModel(

@@ -26,7 +26,7 @@ from quantize.calibrate import calibrate
 from quantize.config import QuantizeConfig
 from quantize.fallback import Fallback
 from quantize.int8 import Int8Model, plan_of, to_int8
-from quantize.load import FloatModel, both_classes, good_rows, load_model, load_rows
+from quantize.load import FloatModel, load_data, load_model
 from quantize.prepare import PreparedModel, prepare
 from quantize.staging import staging
 from quantize.validate import Judge, Parts, Verdict, split, validate
@@ -77,9 +77,8 @@ def build(config: QuantizeConfig, log: StepLog) -> BuiltBundle:
     """
     label = f"{config.name}-{config.version}"
     with log.step("load"):
-        source = load_model(config.model)
-        calibration = good_rows(load_rows(config.calibration, source.inputs))
-        held_out = both_classes(load_rows(config.validation, source.inputs)) if config.validation else None
+        source = load_model(config.model, config.settings, trust=config.trust)
+        calibration, held_out = load_data(config.calibration, config.validation, source.inputs)
         parts = split(calibration, held_out)
     with staging(config.out, label) as stage:
         with log.step("prepare"):
