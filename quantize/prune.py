@@ -557,9 +557,7 @@ def pivoted(gram: np.ndarray, cross: np.ndarray, total: float) -> tuple[np.ndarr
 class _Task:
     """What one consumer should give: sampled positions of its original outputs."""
 
-    samples: (
-        np.ndarray
-    )  # per row: positions in the flattened output grid, (rows, k); (rows, 0) if there is no grid
+    samples: tuple[np.ndarray, ...]  # per batch: (rows, k) places in the grid of outputs
     wanted: np.ndarray  # (samples, outputs) float32
 
 
