@@ -23,6 +23,7 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -53,6 +54,14 @@ class HttpConfig(_Section, frozen=True):
     request_burst: Count = 100  # requests that a client may send at once under that limit
 
 
+class MqttTlsConfig(_Section, frozen=True):
+    """TLS to the broker. Files are PEM, and read again at every connection."""
+
+    ca: str = ""  # who signed the broker's certificate; empty: the system's authorities
+    certificate: str = ""  # our own chain, where the broker wants one
+    key: str = ""
+
+
 class MqttConfig(_Section, frozen=True):
     """The MQTT client. Topics begin with ``{prefix}/{device}/``."""
 
@@ -67,6 +76,9 @@ class MqttConfig(_Section, frozen=True):
     max_payload_bytes: Count = 16 << 20
     max_pending: Count = 256  # requests being answered; beyond it they are refused at once
     reconnect_max_seconds: Positive = 30.0
+    tls: MqttTlsConfig | None = None
+    session_expiry_seconds: Count = 86_400  # how long the broker keeps inputs for a device that is away
+    max_queue_bytes: Count = 64 << 20  # decisions that wait on disk for the broker; beyond it the oldest go
 
 
 class EngineConfig(_Section, frozen=True):
@@ -95,21 +107,55 @@ class ProbationConfig(_Section, frozen=True):
     seconds: NotNegative = 60.0
     requests: Annotated[int, msgspec.Meta(ge=0)] = 100  # both must pass, or `max_seconds`
     max_seconds: Positive = 3600.0  # a device without traffic commits after this long
-    max_fallback_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05  # model failures among its answers
+    max_fallback_ratio: Share = 0.05  # model failures among its answers
     max_restarts: Count = 3  # the process died this often in probation: roll back at start
+    max_non_finite_ratio: Share = 0.02  # rows answered NaN or infinite
+    # Against the release before, once both have answered enough rows to compare; 0 switches one off.
+    max_latency_ratio: NotNegative = 4.0  # its 95th percentile over the one before
+    max_fail_shift: Share = 0.3  # change of the share of rows decided fail
+    max_score_shift: NotNegative = 3.0  # mean move of score/threshold, in doublings
+
+
+class ShadowConfig(_Section, frozen=True):
+    """A candidate in mode `shadow` sees requests beside the release that answers: so long, and how well."""
+
+    requests: Count = 1000  # compared; this many or `seconds`, whichever comes first
+    seconds: Positive = 3600.0
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.2  # of the requests that it sees
+    max_disagreement: Share = 0.05  # rows decided otherwise, or not finite
+    max_latency_ratio: NotNegative = 4.0  # its median over that of the release that answers; 0: not judged
+
+
+class WindowConfig(_Section, frozen=True):
+    """A maintenance window, in the device's local time. ``end`` before ``start`` ends the day after."""
+
+    start: Annotated[str, msgspec.Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$")]  # "22:00"
+    end: Annotated[str, msgspec.Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$")]
+    days: tuple[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"], ...] = ()  # none: every day
 
 
 class UpdatesConfig(_Section, frozen=True):
-    """Where releases come from. ``source`` is an http(s) URL, a file: URL or a path; empty: nowhere."""
+    """Where releases come from.
+
+    ``source`` is an http(s) URL, a file: URL, a path, or a branch of a git repository
+    (`git+https://host/fleet.git#main:repository`); empty: nowhere.
+    """
 
     source: str = ""
     root: str = ""  # path of the embedded TUF root.json, the anchor of all trust
+    blobs: str = ""  # URL or path that members are fetched from; empty: the source
+    proxy: str = ""  # http://host:port; empty: as the environment says
+    ca_file: str = ""  # PEM: who signs the server's certificate; empty: the system's authorities
+    client_certificate: str = ""  # PEM that the server asks for
+    client_key: str = ""  # its key, where it is not in the same file
+    windows: tuple[WindowConfig, ...] = ()  # maintenance windows: updates begin only there; none: any time
     models: tuple[str, ...] = ()  # models to follow; none: those that the assignments name
     interval_seconds: Positive = 15.0
-    jitter: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.2  # share of the interval, per device
+    jitter: Share = 0.2  # share of the interval, per device
     timeout_seconds: Positive = 30.0
     max_bundle_bytes: Count = 512 << 20
     probation: ProbationConfig = ProbationConfig()
+    shadow: ShadowConfig = ShadowConfig()
     in_process: bool = False  # check in this process instead of a short-lived child: tests and simulation
 
 
@@ -225,6 +271,8 @@ def _check(config: Config, where: str) -> None:
             f"{where}: updates.source is set but updates.root is not; give the path of the fleet's "
             "root.json, without it no release can be trusted"
         )
+    if config.updates.client_key and not config.updates.client_certificate:
+        raise ConfigError(f"{where}: updates.client_key is set but updates.client_certificate is not")
     http = config.http
     if not _is_loopback(http.host) and not config.insecure:
         known = http.tokens_file or (http.tls is not None and http.tls.client_ca)

@@ -68,6 +68,10 @@ class Profile:
 class _Served:
     rows: int
     fallback_rows: int
+    non_finite_rows: int = 0
+    failed_rows: int = 0  # decisions, latencies and scores are compared by the fleet's analysis here
+    latencies: tuple[int, ...] = ()
+    scores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,17 @@ class _Status:
     name: str
     digest: str | None
     state: str
+
+
+@dataclass(frozen=True, slots=True)
+class _NothingSeen:
+    """Shadow mode is not modelled: nothing is compared, so a shadow goes live when its time is over."""
+
+    requests: int = 0
+    rows: int = 0
+    disagreeing_rows: int = 0
+    seconds: float = 0.0
+    active_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +147,20 @@ class ModelledServing:
         with self._lock:
             self._account()
             return _Served(self._rows, self._fallback_rows)
+
+    def served_before(self, model: str) -> _Served | None:
+        """Not kept: probation judges the release by itself."""
+        return None
+
+    def shadow(self, prepared: _Prepared, share: float) -> None:
+        """Nothing is compared."""
+
+    def shadow_report(self, model: str) -> _NothingSeen:
+        """Nothing was compared."""
+        return _NothingSeen()
+
+    async def end_shadow(self, model: str) -> None:
+        """Nothing to end."""
 
     def set_killed(self, model: str, killed: bool) -> None:
         """The signed kill switch: every answer comes from the rules."""

@@ -22,6 +22,7 @@ from typing import Any, Final
 import msgspec
 
 from edge_agent.contract.assignments import Release
+from edge_agent.contract.bundle import Bundle
 from edge_agent.contract.errors import ContractError
 from edge_agent.errors import BadRules, EngineError, SourceError, StoreError, UpdateRejected
 from edge_agent.store.state import Finished, Rejected, UpdateRecord
@@ -74,6 +75,15 @@ class UpdateOutcome:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class InShadow:
+    """An admitted release that sees requests and answers none, ready to go live."""
+
+    bundle: Bundle
+    prepared: Any  # the serving side's
+    since: float  # monotonic
+
+
 @dataclass(slots=True)
 class Tracked:
     """What is known of one model in this process, beside its record."""
@@ -85,6 +95,7 @@ class Tracked:
     damaged: bool = False
     reloaded: float = float("-inf")  # monotonic: last try to load again
     self_test: SelfTest | None = None
+    shadow: InShadow | None = None  # what sees requests without answering
     counted: tuple[Any, ...] = ()  # the last result that was counted: once per change, not per poll
 
     def as_dict(self) -> dict[str, Any]:

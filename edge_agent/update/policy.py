@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
 
-from edge_agent.config import ProbationConfig
+from edge_agent.config import ProbationConfig, ShadowConfig
 from edge_agent.contract.assignments import Mode, Release, Share
 from edge_agent.contract.digest import Digest
 from edge_agent.contract.manifest import Manifest
+from edge_agent.contract.metric_names import LATENCY_BUCKETS
 from edge_agent.contract.version import Version
 from edge_agent.errors import UpdateRejected
 from edge_agent.store.state import Rejected, UpdateRecord
+from edge_agent.update.holds import Hold
 from edge_agent.update.machine import Event, Result
+
+_ENOUGH: Final = 50  # rows or requests on either side; a share of fewer says little
+_UNHURRIED: Final = 0.002  # seconds; what answers faster is not too slow, whatever it is compared with
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,9 @@ class Decision:
     message: str = ""
 
 
-def decide(share: Share | None, current: Digest | None, intact: bool, record: UpdateRecord) -> Decision:
+def decide(
+    share: Share | None, current: Digest | None, intact: bool, record: UpdateRecord, hold: Hold | None = None
+) -> Decision:
     """Compare what this device should run with what it runs.
 
     Args:
@@ -33,6 +41,7 @@ def decide(share: Share | None, current: Digest | None, intact: bool, record: Up
         current: the digest that ``current`` points at.
         intact: whether every byte of it is what it was.
         record: what was rejected here before.
+        hold: the device's own say, if it says no.
     """
     if share is None or share.release is None:
         return Decision(
@@ -55,14 +64,17 @@ def decide(share: Share | None, current: Digest | None, intact: bool, record: Up
         return Decision(
             Event.HOLD, None, "held", f"{release.version} waits: the assignments hold this device"
         )
-    if share.mode is Mode.SHADOW:
-        return Decision(Event.HOLD, None, "shadow", f"{release.version} waits: shadow is not supported yet")
+    if share.mode is Mode.SHADOW and current is None:
+        text = f"{release.version} waits: there is nothing yet that it could be compared with"
+        return Decision(Event.HOLD, None, "shadow", text)
     if rejection is not None:
         return _rejected_before(release, rejection)
     try:
         check_floor(release.version, share.minimum_version)
     except UpdateRejected as error:
         return Decision(Event.NOTHING_NEW, Result.REJECTED, error.reason, str(error))
+    if hold is not None:
+        return Decision(Event.HOLD, None, hold.kind, f"{release.version} waits: {hold}")
     return Decision(Event.NEW_RELEASE)
 
 
@@ -118,6 +130,64 @@ class Verdict(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """What a release answered, in the numbers that two releases are compared by.
+
+    Attributes:
+        rows: rows that its model answered.
+        failed_rows: of those, the ones decided fail.
+        latencies: requests by ``bounds``, not cumulated, those beyond the last bound last.
+        scores: rows by whole doublings of score / threshold, ascending; a sample.
+    """
+
+    rows: int
+    failed_rows: int
+    latencies: tuple[int, ...] = ()
+    scores: tuple[int, ...] = ()
+
+    def latency(self, quantile: float, bounds: tuple[float, ...] = LATENCY_BUCKETS) -> float:
+        """The upper bound of the bucket that the quantile lies in, in seconds; 0 without requests."""
+        wanted = quantile * sum(self.latencies)
+        reached = 0
+        for count, bound in zip(self.latencies, (*bounds, float("inf")), strict=False):
+            reached += count
+            if count and reached >= wanted:
+                return bound
+        return 0.0
+
+
+def compare(config: ProbationConfig, now: Answered, before: Answered) -> tuple[str, str] | None:
+    """What is much worse or quite different than before, in one word and in a sentence; None if nothing is.
+
+    Only where both have answered enough rows to say so. Latency is compared at the 95th percentile, in whole
+    buckets; scores by how many doublings, relative to the threshold, their distribution moved on average
+    (the Wasserstein distance).
+    """
+    if min(sum(now.latencies), sum(before.latencies)) >= _ENOUGH and config.max_latency_ratio:
+        late, usual = now.latency(0.95), before.latency(0.95)
+        if late > max(config.max_latency_ratio * usual, _UNHURRIED):
+            return "latency", f"95 % of its answers took up to {late * 1e3:g} ms, before {usual * 1e3:g} ms"
+    if min(now.rows, before.rows) >= _ENOUGH and config.max_fail_shift:
+        share, usual = now.failed_rows / now.rows, before.failed_rows / before.rows
+        if abs(share - usual) > config.max_fail_shift:
+            return "decisions", f"it decides fail on {share:.1%} of the rows, before it was {usual:.1%}"
+    if min(sum(now.scores), sum(before.scores)) >= _ENOUGH and config.max_score_shift:
+        moved = _wasserstein(now.scores, before.scores)
+        if moved > config.max_score_shift:
+            return "scores", f"its scores are {moved:.1f} doublings from those of the release before"
+    return None
+
+
+def _wasserstein(ours: tuple[int, ...], theirs: tuple[int, ...]) -> float:
+    """Mean distance between two histograms over the same bins, in bins."""
+    distance = here = 0.0
+    for a, b in zip(ours, theirs, strict=False):
+        here += a / sum(ours) - b / sum(theirs)
+        distance += abs(here)
+    return distance
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """What a release did since it was activated.
 
@@ -127,6 +197,9 @@ class Observed:
         fallback_rows: of those, the ones that the rules had to answer through a fault of the model.
         state: the serving state of the model (``metric_names.MODEL_STATES``).
         right: whether what is served is the release on probation.
+        non_finite_rows: of ``fallback_rows``, the ones where the model's result was not finite.
+        now: what it answered.
+        before: what the release before had answered; None if nobody knows.
     """
 
     seconds: float
@@ -134,6 +207,9 @@ class Observed:
     fallback_rows: int
     state: str
     right: bool
+    non_finite_rows: int = 0
+    now: Answered | None = None
+    before: Answered | None = None
 
 
 def judge(config: ProbationConfig, seen: Observed) -> tuple[Verdict, str, str]:
@@ -153,6 +229,12 @@ def judge(config: ProbationConfig, seen: Observed) -> tuple[Verdict, str, str]:
             "fallback",
             f"the rules had to answer {seen.fallback_rows} of {rows} rows",
         )
+    if seen.non_finite_rows > config.max_non_finite_ratio * max(rows, config.requests, 1):
+        return (
+            Verdict.UNHEALTHY,
+            "non_finite",
+            f"it answered NaN or infinity for {seen.non_finite_rows} of {rows} rows",
+        )
     if (seen.seconds >= config.seconds and rows >= config.requests) or seen.seconds >= config.max_seconds:
         if seen.fallback_rows > config.max_fallback_ratio * max(rows, 1):
             return (
@@ -160,5 +242,36 @@ def judge(config: ProbationConfig, seen: Observed) -> tuple[Verdict, str, str]:
                 "fallback",
                 f"the rules had to answer {seen.fallback_rows} of {rows} rows",
             )
+        worse = compare(config, seen.now, seen.before) if seen.now and seen.before else None
+        if worse is not None:
+            return Verdict.UNHEALTHY, *worse
         return Verdict.HEALTHY, "healthy", f"{rows} rows in {seen.seconds:.0f} s"
     return Verdict.WAIT, "probation", f"{rows} of {config.requests} rows, {seen.seconds:.0f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class Shadowed:
+    """How a candidate did in the shadow of the release that answers; seconds are medians of a request."""
+
+    elapsed: float  # seconds since it began
+    requests: int
+    rows: int
+    disagreeing_rows: int
+    seconds: float
+    active_seconds: float
+
+
+def judge_shadow(config: ShadowConfig, seen: Shadowed) -> tuple[Verdict, str, str]:
+    """The verdict on a candidate in the shadow, its reason in one word and in one sentence."""
+    compared = f"{seen.disagreeing_rows} of {seen.rows} rows were decided otherwise"
+    if seen.disagreeing_rows > config.max_disagreement * max(seen.rows, config.requests):
+        return Verdict.UNHEALTHY, "disagreement", compared
+    if seen.requests < config.requests and seen.elapsed < config.seconds:
+        return Verdict.WAIT, "shadow", f"{seen.requests} of {config.requests} requests compared"
+    if seen.disagreeing_rows > config.max_disagreement * seen.rows:
+        return Verdict.UNHEALTHY, "disagreement", compared
+    limit = max(config.max_latency_ratio * seen.active_seconds, _UNHURRIED)
+    if config.max_latency_ratio and seen.seconds > limit:
+        took = f"a request takes {seen.seconds * 1e3:.2f} ms, {seen.active_seconds * 1e3:.2f} ms as it is"
+        return Verdict.UNHEALTHY, "shadow_slow", took
+    return Verdict.HEALTHY, "agreed", compared

@@ -21,6 +21,55 @@ class ServedRows(Protocol):
         """Of those, the ones the rules answered through a fault of the model."""
         ...
 
+    @property
+    def non_finite_rows(self) -> int:
+        """Of those again, the ones where its result was not finite."""
+        ...
+
+    @property
+    def failed_rows(self) -> int:
+        """Rows that the model decided fail."""
+        ...
+
+    @property
+    def latencies(self) -> Sequence[int]:
+        """Requests by ``metric_names.LATENCY_BUCKETS``, not cumulated, those beyond it last."""
+        ...
+
+    @property
+    def scores(self) -> Sequence[int]:
+        """A sample of scores, by whole doublings of score / threshold."""
+        ...
+
+
+class SeenInShadow(Protocol):
+    """What a shadow saw, and how it did. Durations are medians of a request, in seconds."""
+
+    @property
+    def requests(self) -> int:
+        """Requests compared."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Their rows."""
+        ...
+
+    @property
+    def disagreeing_rows(self) -> int:
+        """Rows decided otherwise than by the release that answered, or not decided at all."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """Of the shadow."""
+        ...
+
+    @property
+    def active_seconds(self) -> float:
+        """Of the release that answered."""
+        ...
+
 
 class ServingStatus(Protocol):
     """What one model is doing."""
@@ -54,6 +103,22 @@ class Serving(Protocol):
 
     def served(self, name: str) -> ServedRows:
         """What it has answered since."""
+        ...
+
+    def served_before(self, name: str) -> ServedRows | None:
+        """What the release before it had answered when it was replaced; None if nobody knows."""
+        ...
+
+    def shadow(self, prepared: Any, share: float) -> None:
+        """Let it see a share of the requests beside the one that answers."""
+        ...
+
+    def shadow_report(self, name: str) -> SeenInShadow:
+        """How it does."""
+        ...
+
+    async def end_shadow(self, name: str) -> None:
+        """Let it see nothing more; it may still be swapped in."""
         ...
 
     def set_killed(self, name: str, killed: bool) -> None:

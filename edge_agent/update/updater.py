@@ -33,7 +33,7 @@ import msgspec
 from edge_agent import __version__
 from edge_agent.config import EngineConfig, UpdatesConfig
 from edge_agent.contract import manifest as manifests
-from edge_agent.contract.assignments import Release, Share
+from edge_agent.contract.assignments import Mode, Release, Share
 from edge_agent.contract.bundle import Bundle, open_bundle, unpack
 from edge_agent.contract.digest import Digest
 from edge_agent.contract.errors import BadBundle, ContractError
@@ -51,11 +51,22 @@ from edge_agent.store.state import Rejected, UpdateRecord
 from edge_agent.store.store import Store
 from edge_agent.telemetry.metrics import AgentMetrics
 from edge_agent.update.child import Hands, child_process, this_process
-from edge_agent.update.ledger import Ledger, UpdateOutcome, result_of
+from edge_agent.update.holds import NOT_HELD, Hold, Holds
+from edge_agent.update.ledger import InShadow, Ledger, UpdateOutcome, result_of
 from edge_agent.update.machine import BUSY, RESTING, RESUME, Event, Result, State
 from edge_agent.update.messages import Check, Checked, Fetch, ReadManifest, SelfTest, Setup, Test
-from edge_agent.update.policy import Observed, Verdict, check_fit, check_floor, decide, judge
-from edge_agent.update.serving import Serving, ServingStatus
+from edge_agent.update.policy import (
+    Answered,
+    Observed,
+    Shadowed,
+    Verdict,
+    check_fit,
+    check_floor,
+    decide,
+    judge,
+    judge_shadow,
+)
+from edge_agent.update.serving import ServedRows, Serving, ServingStatus
 from edge_agent.update.source import Seen, Source, open_source
 
 logger = logging.getLogger(__name__)
@@ -107,6 +118,7 @@ class _Known:
     serial: int = 0
     last_check: float = 0.0
     trouble: UpdateOutcome | None = None  # what keeps it from being followed
+    waits: bool = False  # a release waits for the end of a hold of this device
     outcome: UpdateOutcome = field(default_factory=lambda: UpdateOutcome(state=State.IDLE))
 
 
@@ -123,7 +135,7 @@ class Updater:
         engine: how the self-test runs the model.
         now: the wall clock, seconds since the epoch.
         monotonic: a clock that never goes back, seconds.
-        rng: for jitter.
+        rng: for jitter; by default one that the device's name seeds.
     """
 
     def __init__(
@@ -147,7 +159,9 @@ class Updater:
         self._engine = engine or EngineConfig()
         self._now = now
         self._monotonic = monotonic
-        self._rng = rng or random.Random()
+        self._rng = rng or random.Random(device)  # spread over the site, and the same at every start
+        self._holds = Holds(store.layout.root, config.windows)
+        self._hold: Hold | None = None  # as it was looked at last
         self._turn = asyncio.Lock()  # one thing at a time: run, install or roll-back
         self._hands: Hands | None = None  # the worker at work, for an operator to interrupt
         self._source: Source | None = None
@@ -193,6 +207,8 @@ class Updater:
         """Whether the worker must be started: something changed, broke, or is to be tried again."""
         if await self._is_any_damaged():
             self._known.checked = False
+        if await self._look_at_holds() is None and self._known.waits:
+            self._known.checked = self._known.waits = False
         if not self._config.source:
             return False
         try:
@@ -256,10 +272,22 @@ class Updater:
             await self._abandon(model, f"{wanted.version} is wanted instead")
         if tracked.record.state is State.ROLLING_BACK:
             return self._ledger.outcome(model, None, "rolling_back", "rolling back", tracked.record.candidate)
+        if tracked.record.state is State.SHADOWING:
+            candidate = tracked.record.candidate
+            same = wanted is not None and candidate is not None and wanted.digest == candidate.digest
+            held = (share is not None and share.held) or self._hold is not None
+            if wanted is None or held or (same and share is not None and share.mode is Mode.SHADOW):
+                text = "it sees requests without answering"
+                return self._ledger.outcome(model, None, "shadow", text, candidate)
+            if same:
+                return await self._promote(model)
+            await self._leave_shadow(model, Result.ABORTED, "superseded", f"{wanted.version} is wanted")
 
         self._ledger.move(model, Event.POLL)
         current = self._store.pointer(model)
-        decision = decide(share, current, await self._is_intact(model), tracked.record)
+        hold = await self._look_at_holds()
+        decision = decide(share, current, await self._is_intact(model), tracked.record, hold)
+        self._known.waits |= hold is not None and decision.event is Event.HOLD
         if decision.event is not Event.NEW_RELEASE or share is None or wanted is None:
             self._ledger.move(model, decision.event)
             await self._ledger.save(model, tolerant=True)
@@ -288,11 +316,23 @@ class Updater:
             await self._ledger.step(model, Event.FETCHED)
             bundle = await asyncio.to_thread(self._store.admit, staged)
             await self._ledger.step(model, Event.VERIFIED)
-            await self._take_live(model, bundle, hands)
+            repair = self._store.pointer(model) == release.digest
+            prepared = await self._proven(model, bundle, hands)
+            if not repair and (hold := await self._look_at_holds()) is not None:
+                raise _Held(f"{release.version} waits: {hold}", hold.kind)
+            if share.mode is Mode.SHADOW and self._serving and not repair:
+                await self._begin_shadow(model, bundle, prepared)
+            else:
+                await self._switch(model, bundle, prepared, Event.PASSED)
         return await self._end_of(attempt)
 
     async def _take_live(self, model: str, bundle: Bundle, hands: Hands) -> None:
         """Test an admitted release, warm it, switch to it; from here on it is on probation."""
+        prepared = await self._proven(model, bundle, hands)
+        await self._switch(model, bundle, prepared, Event.PASSED)
+
+    async def _proven(self, model: str, bundle: Bundle, hands: Hands) -> Any:
+        """Test an admitted release in the worker, then load and warm it here; it answers nothing yet."""
         tracked = self._models[model]
         await self._ledger.step(model, Event.TEST)
         report = await hands.ask(Test(str(bundle.path)))
@@ -300,11 +340,13 @@ class Updater:
         tracked.self_test = report
         if not report.passed:
             raise UpdateRejected(report.message, reason=report.reason)
-        prepared = await self._serving.prepare(bundle) if self._serving else None
+        return await self._serving.prepare(bundle) if self._serving else None
 
+    async def _switch(self, model: str, bundle: Bundle, prepared: Any, event: Event) -> None:
+        tracked = self._models[model]
         before = self._store.pointer(model)
         previous = before if before != bundle.digest else tracked.record.previous
-        await self._ledger.step(model, Event.PASSED, previous=previous, starts=1 if self._serving else 0)
+        await self._ledger.step(model, event, previous=previous, starts=1 if self._serving else 0)
         await asyncio.to_thread(self._store.activate, bundle)
         if self._serving:
             self._serving.swap(prepared)
@@ -312,6 +354,46 @@ class Updater:
         tracked.proven = await asyncio.to_thread(_fingerprint, bundle)
         self._ledger.move(model, Event.ACTIVATED)
         await self._ledger.save(model, tolerant=True)  # `activating` on disk resumes to the same
+
+    # In the shadow
+
+    async def _begin_shadow(self, model: str, bundle: Bundle, prepared: Any) -> None:
+        assert self._serving is not None
+        await self._ledger.step(model, Event.SHADOW)
+        self._serving.shadow(prepared, self._config.shadow.share)
+        self._models[model].shadow = InShadow(bundle, prepared, self._monotonic())
+        logger.info("model %s: %s sees requests without answering", model, bundle.manifest.version)
+
+    def _judge_shadow(self, model: str, shadow: InShadow) -> tuple[Verdict, str, str]:
+        assert self._serving is not None
+        report = self._serving.shadow_report(model)
+        seen = Shadowed(
+            self._monotonic() - shadow.since, report.requests, report.rows, report.disagreeing_rows,
+            report.seconds, report.active_seconds,
+        )  # fmt: skip
+        return judge_shadow(self._config.shadow, seen)
+
+    async def _promote(self, model: str) -> UpdateOutcome:
+        """What was in the shadow answers from now on, and is on probation."""
+        tracked = self._models[model]
+        shadow = tracked.shadow
+        assert shadow is not None
+        assert self._serving is not None
+        async with self._attempt(model, tracked.record.candidate) as attempt:
+            await self._serving.end_shadow(model)
+            tracked.shadow = None
+            await self._switch(model, shadow.bundle, shadow.prepared, Event.AGREED)
+        return await self._end_of(attempt)
+
+    async def _leave_shadow(self, model: str, result: Result, reason: str, message: str) -> UpdateOutcome:
+        """The candidate in the shadow is given up; what answers is not touched."""
+        tracked = self._models[model]
+        if self._serving:
+            await self._serving.end_shadow(model)
+        tracked.shadow = None
+        if result is Result.REJECTED and tracked.record.candidate is not None:
+            self._ledger.reject(model, tracked.record.candidate, reason, message)
+        return await self._ledger.finish(model, Event.FAIL, result, reason, message)
 
     # Probation
 
@@ -323,6 +405,13 @@ class Updater:
             record = tracked.record
             if record.state is State.ROLLING_BACK:
                 self._known.outcome = await self._go_back(model)
+            elif record.state is State.SHADOWING and tracked.shadow is not None:
+                verdict, reason, message = self._judge_shadow(model, tracked.shadow)
+                if verdict is Verdict.UNHEALTHY:
+                    self._known.outcome = await self._leave_shadow(model, Result.REJECTED, reason, message)
+                elif verdict is Verdict.HEALTHY and await self._look_at_holds() is None:
+                    logger.info("model %s: in the shadow, %s", model, message)
+                    self._known.outcome = await self._promote(model)
             elif record.state is State.PROBATION and record.candidate and not record.killed:
                 seen = self._observe(model, record.candidate)
                 verdict, reason, message = judge(self._config.probation, seen)
@@ -337,12 +426,16 @@ class Updater:
         assert self._serving is not None
         status = self._serving_status(model)
         served = self._serving.served(model) if status else None
+        before = self._serving.served_before(model) if status else None
         return Observed(
             seconds=self._monotonic() - self._models[model].active_since,
             rows=served.rows if served else 0,
             fallback_rows=served.fallback_rows if served else 0,
             state=status.state if status else "absent",
             right=status is not None and status.digest == candidate.digest,
+            non_finite_rows=served.non_finite_rows if served else 0,
+            now=_answered(served) if served else None,
+            before=_answered(before) if before else None,
         )
 
     async def _take_back(
@@ -448,6 +541,8 @@ class Updater:
             )
         if tracked.record.state is State.PROBATION:
             await self._abandon(model, "an operator installs another release")
+        elif tracked.record.state is State.SHADOWING:
+            await self._leave_shadow(model, Result.ABORTED, "operator", "an operator installs a release")
         async with self._attempt(model, release) as attempt:
             tracked.record = tracked.record.forgiving(release.digest)
             await self._begin(model, Event.INSTALL, release, rollout="")
@@ -473,6 +568,8 @@ class Updater:
         async with self._turn:
             tracked = await self._ledger.track(name)
             current = self._store.pointer(name)
+            if tracked.record.state is State.SHADOWING:
+                await self._leave_shadow(name, Result.ABORTED, "operator", "an operator rolls back")
             release = await asyncio.to_thread(self._release_of, name, tracked.record, current)
             if tracked.record.state in RESTING or tracked.record.state is State.PROBATION:
                 try:
@@ -496,6 +593,31 @@ class Updater:
                 name, last.result, last.reason, message, Release(version, back.digest)
             )
 
+    async def hold(self, until: str | None, reason: str) -> dict[str, Any]:
+        """Let nothing new begin, until a time (ISO 8601) or until ``release_hold``; over restarts.
+
+        Raises:
+            InvalidInput: ``until`` is no time, or is over.
+            StoreError: the disk refused.
+        """
+        self._hold = await asyncio.to_thread(self._holds.set, until, reason, self._now())
+        logger.info("updates are held: %s", self._hold)
+        return self._hold.as_dict()
+
+    async def release_hold(self) -> dict[str, Any]:
+        """End that hold; what is still in force afterwards, a maintenance window's, is in the answer.
+
+        Raises:
+            StoreError: the disk refused.
+        """
+        await asyncio.to_thread(self._holds.release)
+        hold = await self._look_at_holds()
+        return hold.as_dict() if hold else NOT_HELD
+
+    async def _look_at_holds(self) -> Hold | None:
+        self._hold = await asyncio.to_thread(self._holds.in_force, self._now())
+        return self._hold
+
     def status(self) -> dict[str, Any]:
         """Where every update stands, for ``edge-agent status``."""
         known = self._known
@@ -504,6 +626,7 @@ class Updater:
             "last_check": known.last_check or None,
             "metadata_expires": known.expires or None,
             "serial": known.serial or None,
+            "hold": self._hold.as_dict() if self._hold else NOT_HELD,
             "trouble": {"reason": known.trouble.reason, "message": known.trouble.message}
             if known.trouble
             else None,
@@ -581,6 +704,15 @@ class Updater:
     async def _end_of(self, attempt: _Attempt) -> UpdateOutcome:
         model, release, error = attempt.model, attempt.release, attempt.error
         record = self._models[model].record
+        if isinstance(error, _Held):  # it is in the store by now; the end of the hold begins it again
+            for event in (Event.FAIL, Event.POLL, Event.HOLD):
+                self._ledger.move(model, event)
+            await self._ledger.save(model, tolerant=True)
+            self._known.waits = True
+            return self._ledger.outcome(model, None, error.reason, str(error), release)
+        if error is None and record.state is State.SHADOWING:
+            text = "it sees requests without answering"
+            return self._ledger.outcome(model, None, "shadow", text, release)
         if error is None:
             return self._ledger.outcome(model, None, "probation", "live, on probation", release)
         result, reason = result_of(error)
@@ -786,6 +918,14 @@ class Updater:
         return Release(Version("0.0.0"), current) if current else None
 
 
+class _Held(EdgeError):
+    """A hold came into force while the release was on its way."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(slots=True)
 class _Attempt:
     model: str
@@ -812,6 +952,11 @@ def _fingerprint(bundle: Bundle) -> tuple[Any, ...]:
         for name in (manifests.FILE_NAME, *sorted(bundle.manifest.members))
         for stat in [(bundle.path / name).stat()]
     )
+
+
+def _answered(served: ServedRows) -> Answered:
+    by_model = max(served.rows - served.fallback_rows, 0)
+    return Answered(by_model, served.failed_rows, tuple(served.latencies), tuple(served.scores))
 
 
 def _make_folder(path: Path) -> None:

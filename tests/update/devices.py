@@ -38,6 +38,19 @@ DEVICE = "unit-1"
 class Served:
     rows: int = 0
     fallback_rows: int = 0
+    non_finite_rows: int = 0
+    failed_rows: int = 0
+    latencies: tuple[int, ...] = ()
+    scores: tuple[int, ...] = ()
+
+
+@dataclass
+class Shadowed:
+    requests: int = 0
+    rows: int = 0
+    disagreeing_rows: int = 0
+    seconds: float = 0.0
+    active_seconds: float = 0.0
 
 
 @dataclass
@@ -54,6 +67,9 @@ class TalliedServing:
         self.running: dict[str, Bundle] = {}
         self.states: dict[str, str] = {}
         self.tallies: dict[str, Served] = {}
+        self.before: dict[str, Served] = {}
+        self.shadows: dict[str, Bundle] = {}
+        self.shadowed = Shadowed()
         self.killed: dict[str, bool] = {}
         self.swaps: list[str] = []
         self.fault: Exception | None = None
@@ -66,6 +82,8 @@ class TalliedServing:
         return bundle
 
     def swap(self, prepared: Bundle) -> None:
+        if prepared.name in self.tallies:
+            self.before[prepared.name] = self.tallies[prepared.name]
         self.running[prepared.name] = prepared
         self.states[prepared.name] = "ready"
         self.tallies[prepared.name] = Served()
@@ -73,6 +91,19 @@ class TalliedServing:
 
     def served(self, name: str) -> Served:
         return self.tallies[name]
+
+    def served_before(self, name: str) -> Served | None:
+        return self.before.get(name)
+
+    def shadow(self, prepared: Bundle, share: float) -> None:
+        assert prepared.name not in self.shadows
+        self.shadows[prepared.name] = prepared
+
+    def shadow_report(self, name: str) -> Shadowed:
+        return self.shadowed
+
+    async def end_shadow(self, name: str) -> None:
+        self.shadows.pop(name, None)
 
     def set_killed(self, name: str, killed: bool) -> None:
         self.killed[name] = killed

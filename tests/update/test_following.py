@@ -12,7 +12,6 @@ import pytest
 
 from edge_agent import __version__
 from edge_agent.config import ProbationConfig
-from edge_agent.contract.assignments import Mode
 from edge_agent.contract.bundle import MODEL, RULES, Bundle, write_bundle
 from edge_agent.contract.manifest import Requirements
 from edge_agent.contract.version import Version
@@ -188,22 +187,6 @@ def test_a_held_device_keeps_what_it_has_until_it_is_let_go(device: Device, publ
         publisher.assign(second)
         await device.follow()
         assert device.version() == "2.0.0"
-
-    asyncio.run(scenario())
-
-
-def test_a_candidate_in_shadow_is_held_and_says_that_it_cannot_be_done(
-    device: Device, publisher: Publisher
-) -> None:
-    async def scenario() -> None:
-        first = publisher.publish("1.0.0")
-        publisher.assign(first)
-        await device.follow()
-        publisher.assign_candidate(publisher.publish("2.0.0"), stable=first, mode=Mode.SHADOW)
-        outcome = await device.updater.run_once()
-        assert (outcome.state, outcome.reason) == (State.HELD, "shadow")
-        assert "shadow is not supported yet" in outcome.message
-        assert device.version() == "1.0.0"
 
     asyncio.run(scenario())
 

@@ -9,8 +9,9 @@ from edge_agent.contract.assignments import Mode, Release, Share
 from edge_agent.contract.digest import Digest
 from edge_agent.contract.version import Version
 from edge_agent.store.state import Rejected, Result, UpdateRecord
+from edge_agent.update.holds import Hold
 from edge_agent.update.machine import Event
-from edge_agent.update.policy import Observed, Verdict, decide, judge
+from edge_agent.update.policy import Answered, Observed, Verdict, compare, decide, judge
 
 OLD = Release(Version("1.0.0"), Digest.of_bytes(b"old"))
 NEW = Release(Version("2.0.0"), Digest.of_bytes(b"new"))
@@ -28,7 +29,7 @@ BURNT = FRESH.rejecting(Rejected(NEW.digest, NEW.version, "selftest", "it differ
         (Share("m", OLD, held=True), False, FRESH, Event.NEW_RELEASE, None, "repair"),
         (Share("m", NEW), True, FRESH, Event.NEW_RELEASE, None, ""),
         (Share("m", NEW, held=True), True, FRESH, Event.HOLD, None, "held"),
-        (Share("m", NEW, mode=Mode.SHADOW), True, FRESH, Event.HOLD, None, "shadow"),
+        (Share("m", NEW, mode=Mode.SHADOW), True, FRESH, Event.NEW_RELEASE, None, ""),
         (Share("m", NEW), True, BURNT, Event.NOTHING_NEW, Result.REJECTED, "selftest"),
         (
             Share("m", NEW, minimum_version=Version("3.0.0")), True, FRESH,
@@ -89,3 +90,69 @@ def test_every_verdict_has_a_word_and_a_sentence() -> None:
         _, reason, message = judge(CONFIG, seen)
         assert reason.replace("_", "").isalpha()
         assert message
+
+
+def histogram(**counts: int) -> tuple[int, ...]:
+    """Counts by bin: ``_3=100`` puts a hundred into the third bin of twelve."""
+    return tuple(counts.get(f"_{index}", 0) for index in range(12))
+
+
+USUAL = Answered(1000, 50, histogram(_4=1000), histogram(_5=100))
+
+
+@pytest.mark.parametrize(
+    ("now", "reason"),
+    [
+        (USUAL, None),
+        (Answered(100, 30, histogram(_4=100), histogram(_5=60)), None),
+        (Answered(100, 40, histogram(_4=100), histogram(_5=60)), "decisions"),
+        (Answered(49, 49, histogram(_4=49), histogram(_11=49)), None),  # too few to say so
+        (Answered(100, 5, histogram(_4=94, _10=6), histogram(_5=60)), "latency"),
+        (Answered(100, 5, histogram(_4=96, _11=4), histogram(_5=60)), None),  # 4 % are late
+        (Answered(100, 5, histogram(_0=100), histogram(_5=60)), None),  # faster is fine
+        (Answered(100, 5, histogram(_5=100), histogram(_5=60)), None),  # twice the usual
+        (Answered(100, 5, histogram(_4=100), histogram(_8=60)), None),
+        (Answered(100, 5, histogram(_4=100), histogram(_9=60)), "scores"),
+        (Answered(100, 5, histogram(_4=100), histogram(_1=60)), "scores"),
+    ],
+)
+def test_probation_compares_with_the_release_before(now: Answered, reason: str | None) -> None:
+    found = compare(CONFIG, now, USUAL)
+    assert (found[0] if found else None) == reason
+    verdict = judge(CONFIG, Observed(60, 100, 0, "ready", True, now=now, before=USUAL))
+    assert verdict[:2] == ((Verdict.UNHEALTHY, reason) if reason else (Verdict.HEALTHY, "healthy"))
+
+
+def test_what_answers_faster_than_two_milliseconds_is_not_too_slow() -> None:
+    quick, slower = Answered(100, 5, histogram(_0=100)), Answered(100, 5, histogram(_5=100))
+    assert compare(CONFIG, slower, quick) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "non_finite", "verdict"),
+    [
+        (10, 2, Verdict.WAIT),
+        (10, 3, Verdict.UNHEALTHY),
+        (1000, 20, Verdict.HEALTHY),
+        (1000, 21, Verdict.UNHEALTHY),
+    ],
+)
+def test_results_that_are_not_finite_have_a_limit_of_their_own(
+    rows: int, non_finite: int, verdict: Verdict
+) -> None:
+    seen = Observed(60 if rows >= 100 else 1, rows, non_finite, "ready", True, non_finite_rows=non_finite)
+    assert judge(CONFIG, seen)[0] is verdict
+
+
+@pytest.mark.parametrize(
+    ("share", "record", "reason"),
+    [
+        (Share("m", NEW), FRESH, "window"),
+        (Share("m", OLD), FRESH, "already_installed"),
+        (Share("m", NEW), BURNT, "selftest"),  # it will not come after the hold, either
+    ],
+)
+def test_a_hold_of_the_device_keeps_what_is_new_waiting(
+    share: Share, record: UpdateRecord, reason: str
+) -> None:
+    assert decide(share, OLD.digest, True, record, Hold("window", "not now")).reason == reason
