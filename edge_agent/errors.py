@@ -16,7 +16,7 @@
     └── UpdateRejected         the publisher: signature, expiry, floor, golden mismatch (.reason)
 
 Errors of the formats themselves are ``edge_agent.contract.errors.ContractError``. The domain knows no HTTP
-status and no exit code: ``transport/http.py`` and ``cli.py`` each hold one table.
+status and no exit code: ``transport/status.py`` and ``cli.py`` each hold one table.
 """
 
 from __future__ import annotations
