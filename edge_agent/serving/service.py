@@ -475,8 +475,11 @@ class Service:
         """Look at a bounded sample of the answered rows, off the hot path, for ever."""
         while True:
             await asyncio.sleep(interval)
-            for slot in self._slots.values():
-                await self._watch(slot)
+            for slot in list(self._slots.values()):
+                try:
+                    await self._watch(slot)
+                except Exception:  # whatever it is: watching must not take answering along
+                    log.exception("model %s: drift cannot be judged", slot.name)
 
     # -- inside --------------------------------------------------------------------------------------------
 
@@ -663,9 +666,10 @@ class Service:
         slot.unwatched, slot.unwatched_rows = [], 0
         if release is None or release.detector is None or not rows:
             return
+        detector = release.detector  # a swap meanwhile retires the release and takes it away
         slot.scores += _by_octave([scores for _, scores in rows], release.manifest.decision)
-        verdict = await asyncio.to_thread(_update_drift, release.detector, rows)
-        self._metrics.drift_rows(slot.name, release.detector.rows_in_window)
+        verdict = await asyncio.to_thread(_update_drift, detector, rows)
+        self._metrics.drift_rows(slot.name, detector.rows_in_window)
         if verdict is None or slot.release is not release:
             return
         if verdict.drifting and not (slot.drift and slot.drift.drifting):

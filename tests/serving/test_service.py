@@ -348,6 +348,27 @@ def test_drift_is_seen_in_answered_rows_and_forgotten_at_a_swap(tmp_path):
     asyncio.run(story())
 
 
+def test_a_swap_while_drift_is_looked_at_disturbs_neither(tmp_path, caplog):
+    async def story():
+        rig = Rig(drift=DriftConfig(window_rows=100, max_rows_per_second=1e9))
+        bundle = tiny_bundle(tmp_path / "b")
+        await rig.service.start("demo", bundle)
+        watch = asyncio.create_task(rig.service.watch_drift(interval=0))
+        rows = np.zeros((1000, 4), np.float32)
+        for _ in range(20):
+            prepared = await rig.service.prepare(bundle)
+            for _ in range(5):
+                await rig.ask(rows)
+            rig.service.swap(prepared)  # most likely while a thread counts the rows
+        assert not watch.done()
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+
+    asyncio.run(story())
+    assert "drift cannot be judged" not in caplog.text
+
+
 def test_without_onnxruntime_the_rules_answer(tmp_path):
     tiny_bundle(tmp_path / "b")
     story = (
