@@ -18,6 +18,7 @@ from edge_agent.contract.manifest import check_name
 from edge_agent.contract.version import Version
 from quantize.config import (
     Budget,
+    Metric,
     PrepareConfig,
     QuantizeConfig,
     Scale,
@@ -111,9 +112,10 @@ def _config(arguments: argparse.Namespace) -> QuantizeConfig:
             fail_class=arguments.fail_class,
         ),
         threshold=threshold,
-        budget=Budget(min_sqnr=arguments.min_sqnr, max_auc_drop=arguments.max_drop),
+        budget=Budget(metric=arguments.metric, min_sqnr=arguments.min_sqnr, max_auc_drop=arguments.max_drop),
         shrink=ShrinkConfig(prune=arguments.prune, target_size=arguments.target_size),
         target=arguments.target,
+        fast=arguments.fast,
         settings=dict(arguments.settings),
         trust=arguments.trust,
         emulate=arguments.emulate,
@@ -192,15 +194,27 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("how accurate, how small").add_argument
     add(
-        "--min-sqnr", type=float, default=Budget.min_sqnr, metavar="DB", help="accuracy budget without labels"
+        "--metric",
+        type=_checked(Metric),
+        default=Metric.AUTO,
+        metavar="|".join(Metric),
+        help="what the budget is about (default: auc where there are labels, else sqnr or 99 %% agreement)",
     )
     add(
         "--max-drop",
         type=float,
         default=Budget.max_auc_drop,
-        metavar="AUC",
-        help="accuracy budget with labels",
+        metavar="DROP",
+        help="how far a metric of labelled rows may fall (default: 0.01)",
     )
+    add(
+        "--min-sqnr",
+        type=float,
+        default=Budget.min_sqnr,
+        metavar="DB",
+        help="least signal to quantization noise without labels (default: 25)",
+    )
+    add("--fast", action="store_true", help="fewer candidates, no recovery: seconds instead of a minute")
     add(
         "--prune",
         type=_checked(ShrinkConfig.parse_prune),
@@ -218,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_checked(Target),
         default=Target.GENERIC_ARM64,
         metavar="|".join(Target),
-        help="the processor that the report speaks of (default: generic-arm64)",
+        help="the processor that it must not be slower on than FP32 (default: generic-arm64)",
     )
 
     add = parser.add_argument_group("other commands").add_argument

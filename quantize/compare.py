@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from quantize.config import Budget
+from quantize.config import Budget, Metric
 
 IDENTICAL: Final = 200.0  # dB: what a difference of nothing is called, so that it stays a JSON number
 
@@ -46,6 +46,27 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return (total - bad * (bad + 1) / 2) / (bad * (len(labels) - bad))
 
 
+def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the precision-recall curve, as the mean precision at each bad row; ties count together.
+
+    Args:
+        labels: (n,) bool, True = bad; at least one.
+        scores: (n,) of any real dtype.
+    """
+    order = np.argsort(-scores.astype(np.float64), kind="stable")
+    ranked, bad = scores[order], labels[order]
+    last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)  # of every group of equal scores
+    found = np.cumsum(bad)[last]
+    precision = found / (last + 1)
+    return float(np.sum(np.diff(np.concatenate([[0], found])) * precision) / bad.sum())
+
+
+def f1(labels: np.ndarray, failed: np.ndarray) -> float:
+    """Harmonic mean of precision and recall of the bad class; 0 where nothing is found."""
+    found = int((labels & failed).sum())
+    return 2 * found / max(int(labels.sum()) + int(failed.sum()), 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """One candidate against the reference on the same rows."""
@@ -55,6 +76,12 @@ class Comparison:
     agreement: float | None  # share of rows with the same decision, or the same largest class; None: neither
     auc_reference: float | None = None
     auc: float | None = None
+    ap_reference: float | None = None  # average precision
+    ap: float | None = None
+    accuracy_reference: float | None = None
+    accuracy: float | None = None
+    f1_reference: float | None = None
+    f1: float | None = None
     caught_reference: float | None = None  # share of bad rows decided fail
     caught: float | None = None
     false_alarms_reference: float | None = None  # share of good rows decided fail
@@ -62,13 +89,35 @@ class Comparison:
     mean_score_reference: float | None = None
     mean_score: float | None = None
 
-    def inside(self, budget: Budget) -> bool:
-        """Whether this is close enough."""
+    def metric(self, wanted: Metric) -> tuple[float, float] | None:
+        """A labelled metric of the reference and of the candidate; None without labels, or for another."""
+        pairs = {
+            Metric.AUC: (self.auc_reference, self.auc),
+            Metric.AP: (self.ap_reference, self.ap),
+            Metric.ACCURACY: (self.accuracy_reference, self.accuracy),
+            Metric.F1: (self.f1_reference, self.f1),
+        }
+        before, after = pairs.get(Metric.AUC if wanted is Metric.AUTO else wanted, (None, None))
+        return None if before is None or after is None else (before, after)
+
+    def inside(self, budget: Budget, margin: float = 0.0) -> bool:
+        """Whether this is close enough.
+
+        Args:
+            budget: what is allowed.
+            margin: dB above the least SQNR that are wanted besides, and half of the allowed disagreement:
+                other rows than these will be judged.
+        """
         if self.sqnr <= -IDENTICAL:
             return False
-        if self.auc is not None and self.auc_reference is not None:
-            return self.auc_reference - self.auc <= budget.max_auc_drop
-        return self.sqnr >= budget.min_sqnr or (self.agreement or 0.0) >= budget.min_agreement
+        if (pair := self.metric(budget.metric)) is not None:
+            return pair[0] - pair[1] <= budget.max_auc_drop
+        enough = self.sqnr >= budget.min_sqnr + margin
+        allowed = (1 - budget.min_agreement) * (0.5 if margin else 1.0)
+        agree = 1 - (self.agreement or 0.0) <= allowed + 1e-9
+        if budget.metric is Metric.SQNR:
+            return enough
+        return agree if budget.metric is Metric.AGREEMENT else enough or agree
 
     def verdict(self) -> str:
         """The figures that decide, for people."""
@@ -77,6 +126,8 @@ class Comparison:
             parts.append(f"agreement {self.agreement:.1%}")
         if self.auc is not None and self.auc_reference is not None:
             parts.append(f"AUC {self.auc:.4f} (FP32 {self.auc_reference:.4f})")
+        if self.f1 is not None and self.f1_reference is not None:
+            parts.append(f"F1 {self.f1:.4f} (FP32 {self.f1_reference:.4f})")
         return ", ".join(parts)
 
 
@@ -117,6 +168,12 @@ def scores(
         comparison,
         auc_reference=auc(labels, reference),
         auc=auc(labels, candidate),
+        ap_reference=average_precision(labels, reference),
+        ap=average_precision(labels, candidate),
+        accuracy_reference=float((failed_reference == labels).mean()),
+        accuracy=float((failed == labels).mean()),
+        f1_reference=f1(labels, failed_reference),
+        f1=f1(labels, failed),
         caught_reference=float(failed_reference[labels].mean()),
         caught=float(failed[labels].mean()),
         false_alarms_reference=float(failed_reference[~labels].mean()),
@@ -125,16 +182,24 @@ def scores(
 
 
 def outputs(reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray]) -> Comparison:
-    """Compare the outputs of a model without a score: the worst SQNR, agreement of the largest class."""
-    floats = [name for name, values in reference.items() if values.dtype.kind == "f"]
-    worst = min((sqnr(reference[name], candidate[name]) for name in floats), default=IDENTICAL)
-    agreements = [
-        float((reference[name].argmax(axis=-1) == candidate[name].argmax(axis=-1)).mean())
-        for name in floats
-        if reference[name].ndim >= 2 and reference[name].shape[-1] > 1
-    ]
-    agreements += [
-        float((reference[name] == candidate[name]).mean()) for name in reference if name not in floats
-    ]
+    """Compare the outputs of a model without a score: the worst SQNR, agreement of the largest class.
+
+    Classes are the last dimension of an output of two or three dimensions; an image has none.
+    """
+    sqnrs, agreements = [], []
+    for name, found in reference.items():
+        before, after = found.reshape(-1), candidate[name].reshape(-1)
+        if before.dtype.kind != "f":
+            agreements.append(float((before == after).mean()))
+            continue
+        if not before.size:
+            continue
+        if np.any(before != 0):  # a state that is always zero has no signal
+            sqnrs.append(sqnr(before, after))
+        elif np.any(after != 0):
+            sqnrs.append(-IDENTICAL)
+        if 2 <= found.ndim <= 3 and found.shape[-1] > 1:
+            same = found.argmax(axis=-1) == candidate[name].argmax(axis=-1)
+            agreements.append(float(same.mean()))
     rows = len(next(iter(reference.values())))
-    return Comparison(rows=rows, sqnr=worst, agreement=min(agreements, default=None))
+    return Comparison(rows=rows, sqnr=min(sqnrs, default=IDENTICAL), agreement=min(agreements, default=None))

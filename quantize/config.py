@@ -98,13 +98,32 @@ class Threshold:
         return self.f1 or self.cost is not None
 
 
+class Metric(StrEnum):
+    """What the accuracy budget is about."""
+
+    AUTO = "auto"  # auc where there are labels and a score, else sqnr or agreement, whichever is reached
+    AUC = "auc"  # area under the ROC curve
+    AP = "ap"  # average precision
+    ACCURACY = "accuracy"  # of the decisions, each model's with its own threshold
+    F1 = "f1"
+    SQNR = "sqnr"  # signal to quantization noise of the score, or of the worst output
+    AGREEMENT = "agreement"  # share of rows with the same decision, or the same largest class
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether only labelled validation rows can tell."""
+        return self in (Metric.AUC, Metric.AP, Metric.ACCURACY, Metric.F1)
+
+
 @dataclass(frozen=True)  # no slots: the command line reads the defaults from the class
 class Budget:
-    """How far an INT8 candidate may be from the FP32 reference. The first candidate inside wins.
+    """How far an INT8 candidate may be from the FP32 reference.
 
-    With labels: the AUC may fall by ``max_auc_drop``. Without: the signal-to-quantization-noise ratio of the
+    A metric of labelled rows may fall by ``max_auc_drop``. Else the signal-to-quantization-noise ratio of the
     score must reach ``min_sqnr``, or the decisions of both models agree on ``min_agreement`` of the rows.
     """
+
+    metric: Metric = Metric.AUTO
 
     min_sqnr: float = 25.0  # dB: 5 % noise, below the spread of scores of one population
     min_agreement: float = 0.99
@@ -233,6 +252,7 @@ class QuantizeConfig:
     budget: Budget = field(default_factory=Budget)
     shrink: ShrinkConfig = field(default_factory=ShrinkConfig)
     target: Target = Target.GENERIC_ARM64
+    fast: bool = False  # fewer candidates, no recovery
     settings: Mapping[str, float] = field(default_factory=dict)  # inputs that become constants
     trust: bool = False  # read files that can run code: pickles
     emulate: Path | None = None  # an aarch64 Python that runs the golden vectors, too
@@ -253,6 +273,9 @@ class QuantizeConfig:
         if self.prepare.fail_class is not None:
             words += ["--fail-class", str(self.prepare.fail_class)]
         words += [f"--threshold={self.threshold}"]
+        if self.budget.metric is not Metric.AUTO:
+            words += ["--metric", self.budget.metric]
+        words += ["--fast"] if self.fast else []
         words += ["--min-sqnr", f"{self.budget.min_sqnr:g}", "--max-drop", f"{self.budget.max_auc_drop:g}"]
         if self.shrink.prune is not None:
             words += ["--prune", str(self.shrink.prune)]

@@ -1,23 +1,26 @@
-"""Step 4: write INT8 candidates, load and judge each, take the first inside the budget.
+"""Step 4a: which nodes can be INT8, and the INT8 form of a graph.
 
 The static form is QDQ as ONNX Runtime fuses it on ARM64 (docs/quantize.md says why):
 
-- only Conv, Gemm and MatMul with constant weights; everything else stays float;
+- Conv, Gemm and MatMul with constant weights; what moves data or pools or adds between two INT8 neighbours
+  goes along, everything else stays float;
 - activations signed and asymmetric: after a Relu the zero point is -128 and the Relu disappears into it;
-- weights signed and symmetric, one scale per output channel; bias int32 at (activation scale * weight scale);
-- the output of the last dense layer stays float: nothing int8 reads it, and the score needs it precise.
+- weights signed and symmetric, one scale per output channel unless told otherwise; bias int32 at
+  (activation scale * weight scale);
+- a dense layer that nothing INT8 reads gives float: no rounding where none is needed.
 
-Candidates, in order: static per channel, static per tensor, dynamic (MatMul, Gemm, LSTM), FP32. A candidate
-that onnxruntime does not load, that is not smaller than FP32 or that is outside the budget is passed over,
-and the report says which and why. Of the static ones, several headrooms are tried and the closest is taken.
+The dynamic form (MatMul, Gemm, LSTM) quantizes activations while running; weights are as in the static one.
+Conv has none: ConvInteger is slower than float on every CPU that was measured.
+
+A ``Recipe`` says which node has which form and every number that is in the file: the same recipe for the same
+graph gives the same bytes.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -25,42 +28,27 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from quantize import runtime
 from quantize.calibrate import Range
 from quantize.compare import Comparison
-from quantize.config import Budget
-from quantize.errors import BadModel
-from quantize.prepare import PreparedModel, drop_unused
+from quantize.prepare import drop_unused
 
 # The same numbers in another order: their range is the range of what they read, and no scale is needed twice.
-_MOVES_DATA: Final = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity")
-_ABSORBED: Final = ("Relu", "Clip")
+_MOVES_DATA: Final = (
+    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice", "Expand",
+)  # fmt: skip
+# INT8 kernels exist for these; they are used where all inputs are INT8 anyway and the result becomes it.
+_JOINS: Final = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
 _FEWEST_SCALES: Final = 1e-12  # a scale below this is a channel of nothing but zeros
 _INT32_ROOM: Final = float(2**30)  # half of int32: the accumulator needs the other half
+_MICROSOFT: Final = "com.microsoft"
 
 
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """How a static candidate is written.
+class Mode(StrEnum):
+    """The form of a layer."""
 
-    ``headroom`` widens every range: what is beyond a range saturates, and rows outside the calibration data
-    are what an anomaly model is for; too much of it costs precision in the middle. Evidence decides.
-    """
-
-    per_channel: bool
-    headroom: float = 1.0
-    signed_activations: bool = True
-
-    @property
-    def name(self) -> str:
-        """For people and reports."""
-        ranges = f", ranges x{self.headroom:g}" if self.headroom != 1.0 else ""
-        return f"static int8, per {'channel' if self.per_channel else 'tensor'}{ranges}"
-
-
-HEADROOMS: Final = (1.0, 1.5, 2.0, 3.0)
-DYNAMIC: Final = "dynamic int8 (MatMul, Gemm, LSTM)"
-FLOAT: Final = "fp32"
+    FLOAT = "fp32"
+    STATIC = "static"
+    DYNAMIC = "dynamic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,88 +56,205 @@ class Layer:
     """A node that can run in INT8, and the tensors around it."""
 
     node: int  # position in graph.node
+    name: str
     kind: str
     activation: str
     weight: str
     bias: str | None
     axis: int  # of the weight: its output channels
     result: str  # the tensor after an absorbed Relu or Clip
+    modes: tuple[Mode, ...]  # the INT8 forms it can have, the one to try first in front
+    parameters: int  # weights, without bias
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What becomes INT8. ``tensors`` maps every activation to quantize to the one whose range it has."""
+    """What can become INT8. ``bounds`` are values that a tensor cannot leave, by what makes it."""
 
     layers: tuple[Layer, ...]
-    tensors: Mapping[str, str]
+    watched: tuple[str, ...]  # the tensors whose range calibration must find
+    bounds: Mapping[str, tuple[float, float]]
 
-    @property
-    def watched(self) -> tuple[str, ...]:
-        """The tensors whose range calibration must find."""
-        return tuple(sorted(set(self.tensors.values())))
+    def all_int8(self) -> dict[int, Mode]:
+        """Every layer in the form to try first."""
+        return {layer.node: layer.modes[0] for layer in self.layers}
+
+    def limited_to(self, ranges: Mapping[str, Range]) -> Plan:
+        """The plan without static forms that lack a range: tensors of integers, or never of any size."""
+        kept = []
+        for layer in self.layers:
+            known = layer.activation in ranges and (layer.kind != "Conv" or layer.result in ranges)
+            modes = tuple(mode for mode in layer.modes if mode is not Mode.STATIC or known)
+            if modes:
+                kept.append(replace(layer, modes=modes))
+        return replace(self, layers=tuple(kept))
+
+    def dynamic(self) -> dict[int, Mode]:
+        """Every layer that has a dynamic form in it, the others in float."""
+        return {
+            layer.node: Mode.DYNAMIC if Mode.DYNAMIC in layer.modes else Mode.FLOAT for layer in self.layers
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """The INT8 weights of one layer, where they are not simply the nearest ones."""
+
+    values: np.ndarray  # int8, of the weight's shape
+    scale: np.ndarray  # float32, () or (channels,)
+    bias: np.ndarray | None  # float32, (channels,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """One candidate and what became of it."""
+class Recipe:
+    """Everything that decides the bytes of an INT8 file, besides the graph it is made of."""
 
-    name: str
-    size: int | None = None  # bytes
-    comparison: Comparison | None = None
-    problem: str | None = None  # why it was passed over
+    modes: Mapping[int, Mode]
+    ranges: Mapping[str, Range]
+    per_tensor: frozenset[int] = frozenset()  # layers with one scale for all weights
+    rounded: Mapping[int, Rounded] = field(default_factory=dict)
+    signed: bool = True  # activations; the unsigned twin is what x86 has fast kernels for
 
-    @property
-    def sqnr(self) -> float:
-        """How close it is, for choosing."""
-        return -np.inf if self.comparison is None else self.comparison.sqnr
+    def count(self, mode: Mode) -> int:
+        """How many layers have this form."""
+        return sum(found is mode for found in self.modes.values())
+
+    def twin(self) -> Recipe:
+        """The same work with unsigned activations: for timing on x86."""
+        return replace(self, signed=False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Int8Model:
-    """The chosen model, written and loaded. ``precision`` is fp32 if no candidate was good enough."""
-
-    path: Path
-    name: str
-    scheme: Scheme | None  # of a static one
-    precision: str
-    size: int  # bytes
-    plan: Plan
-    candidates: tuple[Candidate, ...]
+# -- finding ----------------------------------------------------------------------------------------------
 
 
 def plan_of(proto: onnx.ModelProto) -> Plan:
-    """Find the layers that can run in INT8 and the activations between them."""
-    graph = proto.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    outputs = {value.name for value in graph.output}
-    producers = {name: node for node in graph.node for name in node.output}
-    users: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-
-    layers = []
-    for position, node in enumerate(graph.node):
-        axis = _channel_axis(node, weights)
-        if axis is None:
+    """Find the layers that can run in INT8 and the tensors whose range that may take."""
+    wiring = _Wiring(proto.graph)
+    layers = tuple(
+        layer
+        for position, node in enumerate(proto.graph.node)
+        if (layer := _layer_of(position, node, wiring)) is not None
+    )
+    # Which of them are needed depends on the forms chosen later: all that may be are watched in one pass.
+    watched: set[str] = set()
+    for layer in layers:
+        if Mode.STATIC not in layer.modes:
             continue
-        result = node.output[0]
-        following = users.get(result, [])
-        if result not in outputs and len(following) == 1 and following[0].op_type in _ABSORBED:
-            result = following[0].output[0]
-        bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
-        layers.append(Layer(position, node.op_type, node.input[0], node.input[1], bias, axis, result))
+        watched.add(layer.activation)
+        watched.update(wiring.sources(layer.activation))
+        watched.add(layer.result)
+    for node in proto.graph.node:
+        if node.op_type in _JOINS:
+            watched.add(wiring.result(node))
+    return Plan(layers, tuple(sorted(watched - set(wiring.weights))), wiring.bounds())
 
-    tensors: dict[str, str] = {}
-    for layer in layers:
-        chain = [layer.activation]
-        while (node := producers.get(chain[-1])) is not None and node.op_type in _MOVES_DATA:
-            chain.append(node.input[0])
-        tensors.update(dict.fromkeys(chain, chain[-1]))
-    for layer in layers:
-        if layer.kind == "Conv":  # only fuses with a quantized output
-            tensors.setdefault(layer.result, layer.result)
-    return Plan(tuple(layers), tensors)
+
+class _Wiring:
+    """Who makes and who reads the tensors of one graph."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.weights = {tensor.name: tensor for tensor in graph.initializer}
+        self.outputs = {value.name for value in graph.output}
+        self.inputs = {value.name for value in graph.input}
+        self.producers = {name: node for node in graph.node for name in node.output if name}
+        self.users: dict[str, list[onnx.NodeProto]] = {}
+        self.positions = {id(node): position for position, node in enumerate(graph.node)}
+        for node in graph.node:
+            for name in {*node.input, *_read_inside(node)}:
+                if name:
+                    self.users.setdefault(name, []).append(node)
+
+    def result(self, node: onnx.NodeProto) -> str:
+        """The tensor after this node, or after the Relu or Clip that its INT8 form absorbs."""
+        name: str = node.output[0]
+        following = self.users.get(name, [])
+        if name in self.outputs or len(following) != 1:
+            return name
+        after = following[0]
+        if after.op_type == "Relu" or (after.op_type == "Clip" and self._clip(after)[0] == 0.0):
+            return str(after.output[0])
+        return name
+
+    def _clip(self, node: onnx.NodeProto) -> tuple[float, float]:
+        ends = [-np.inf, np.inf]
+        for index in (1, 2):
+            if len(node.input) > index and node.input[index]:
+                tensor = self.weights.get(node.input[index])
+                if tensor is not None:
+                    ends[index - 1] = float(numpy_helper.to_array(tensor).reshape(-1)[0])
+        return ends[0], ends[1]
+
+    def sources(self, tensor: str) -> list[str]:
+        """What ``tensor`` was before data was moved, nearest first."""
+        found = []
+        while (node := self.producers.get(tensor)) is not None and node.op_type in _MOVES_DATA:
+            if len([name for name in node.output if name]) > 1 or node.input[0] in self.weights:
+                break
+            tensor = node.input[0]
+            found.append(tensor)
+        return found
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """The values that activation functions cannot leave."""
+        found = {}
+        for node in self.graph.node:
+            if node.op_type in ("Relu", "Sqrt", "Abs", "Exp"):
+                found[node.output[0]] = (0.0, np.inf)
+            elif node.op_type in ("Sigmoid", "HardSigmoid", "Softmax"):
+                found[node.output[0]] = (0.0, 1.0)
+            elif node.op_type == "Tanh":
+                found[node.output[0]] = (-1.0, 1.0)
+            elif node.op_type == "Clip":
+                found[node.output[0]] = self._clip(node)
+        return found
+
+
+def _read_inside(node: onnx.NodeProto) -> set[str]:
+    names: set[str] = set()
+    for attribute in node.attribute:
+        for subgraph in (attribute.g, *attribute.graphs):
+            for inner in subgraph.node:
+                names.update(inner.input)
+                names |= _read_inside(inner)
+            names.update(value.name for value in subgraph.output)
+    return names
+
+
+def _layer_of(position: int, node: onnx.NodeProto, wiring: _Wiring) -> Layer | None:
+    weights = wiring.weights
+    if node.op_type == "LSTM" and _can_be_dynamic_lstm(node, weights):
+        modes: tuple[Mode, ...] = (Mode.DYNAMIC,)
+        axis, result = 1, node.output[0]
+        parameters = sum(int(np.prod(weights[node.input[index]].dims)) for index in (1, 2))
+    else:
+        found = _channel_axis(node, weights)
+        if found is None:
+            return None
+        axis, result = found, wiring.result(node)
+        parameters = int(np.prod(weights[node.input[1]].dims))
+        modes = (Mode.STATIC,) if node.op_type == "Conv" else (Mode.STATIC, Mode.DYNAMIC)
+    bias = node.input[2] if node.op_type != "LSTM" and len(node.input) > 2 and node.input[2] else None
+    return Layer(
+        position,
+        node.name or node.output[0] or f"{node.op_type} {position}",
+        node.op_type,
+        node.input[0],
+        node.input[1],
+        bias,
+        axis,
+        result,
+        modes,
+        parameters,
+    )
+
+
+def _can_be_dynamic_lstm(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> bool:
+    constant = all(
+        name in weights and weights[name].data_type == TensorProto.FLOAT for name in node.input[1:3]
+    )
+    layout = any(item.name == "layout" and item.i != 0 for item in node.attribute)
+    return constant and not layout and node.domain in ("", "ai.onnx")
 
 
 def _channel_axis(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> int | None:
@@ -180,63 +285,202 @@ def _channel_axis(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> i
     return 0 if attributes.get("transB", 0) else 1
 
 
+# -- weights ----------------------------------------------------------------------------------------------
+
+
+def weight_scale(values: np.ndarray, axis: int | None) -> np.ndarray:
+    """The scale that holds the largest weight: (channels,) along ``axis``, or () for None; float32."""
+    if axis is None:
+        largest = np.abs(values).max(initial=0.0)
+    else:
+        others = tuple(other for other in range(values.ndim) if other != axis)
+        largest = np.abs(values).max(axis=others, initial=0.0)
+    return np.asarray(np.maximum(largest / 127, _FEWEST_SCALES), np.float32)
+
+
+def along(scale: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    """A scale in the shape that multiplies weights of ``rank`` dimensions."""
+    return scale if scale.ndim == 0 else scale.reshape([-1 if other == axis else 1 for other in range(rank)])
+
+
+def nearest(values: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
+    """The nearest INT8 weights, -127 to 127."""
+    spread = along(scale, axis, values.ndim).astype(np.float64)
+    return np.asarray(np.clip(np.rint(values / spread), -127, 127).astype(np.int8))
+
+
+def scale_of(found: Range, bound: tuple[float, float], lowest: int) -> tuple[np.float32, int]:
+    """Scale and zero point of an activation; zero is always exact, or padding and Relu would be off.
+
+    Where the range ends at a bound of the tensor the last step does not lie beyond it: only then does
+    onnxruntime see that a Clip does nothing and removes it.
+    """
+    kept = found.within(*bound)
+    low, high = min(kept.low, 0.0), max(kept.high, 0.0)
+    scale = np.float32((high - low) / 255 or 1.0)
+    if low == 0.0:
+        while float(scale) * 255 > high > 0:
+            scale = np.nextafter(scale, np.float32(0))
+    scale = max(scale, np.float32(1e-30))
+    zero_point = round(lowest - low / float(scale))
+    return scale, int(np.clip(zero_point, lowest, lowest + 255))
+
+
 # -- writing ----------------------------------------------------------------------------------------------
 
 
-def write_static(
-    proto: onnx.ModelProto, plan: Plan, ranges: Mapping[str, Range], scheme: Scheme
-) -> onnx.ModelProto:
-    """The QDQ form of ``proto``; ``proto`` itself is left as it is."""
+def write_int8(proto: onnx.ModelProto, plan: Plan, recipe: Recipe) -> onnx.ModelProto:
+    """The INT8 form of ``proto``; ``proto`` itself is left as it is."""
     result = onnx.ModelProto()
     result.CopyFrom(proto)
-    writer = _Writer(result.graph, plan, ranges, scheme)
+    writer = _Writer(result.graph, plan, recipe)
     writer.write()
     drop_unused(result.graph)
+    if writer.microsoft and not any(entry.domain == _MICROSOFT for entry in result.opset_import):
+        result.opset_import.append(helper.make_opsetid(_MICROSOFT, 1))
     onnx.checker.check_model(result)
     return result
 
 
 class _Writer:
-    """Inserts the Q/DQ pairs of one plan into one graph."""
+    """Turns the layers of one graph into the forms of one recipe."""
 
-    def __init__(
-        self, graph: onnx.GraphProto, plan: Plan, ranges: Mapping[str, Range], scheme: Scheme
-    ) -> None:
-        self._graph, self._plan, self._scheme = graph, plan, scheme
-        self._weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-        self._lowest = -128 if scheme.signed_activations else 0
-        self._dtype = np.int8 if scheme.signed_activations else np.uint8
-        self._scales = {tensor: self._scale_of(ranges[source]) for tensor, source in plan.tensors.items()}
-        self._written: dict[tuple[str, int], tuple[str, np.ndarray]] = {}
+    def __init__(self, graph: onnx.GraphProto, plan: Plan, recipe: Recipe) -> None:
+        self._graph, self._plan, self._recipe = graph, plan, recipe
+        self._wiring = _Wiring(graph)
+        self._arrays: dict[str, np.ndarray] = {}
+        self._static = {
+            layer.node: layer for layer in plan.layers if recipe.modes.get(layer.node) is Mode.STATIC
+        }
+        self._dynamic = {
+            layer.node: layer for layer in plan.layers if recipe.modes.get(layer.node) is Mode.DYNAMIC
+        }
+        self._sources, self._made = self._tensors()
+        self._lowest = -128 if recipe.signed else 0
+        self._dtype = np.int8 if recipe.signed else np.uint8
+        unbounded = (-np.inf, np.inf)
+        self._scales = {
+            tensor: scale_of(recipe.ranges[source], plan.bounds.get(source, unbounded), self._lowest)
+            for tensor, source in self._sources.items()
+        }
+        self._written: dict[tuple[str, int, bool], tuple[str, np.ndarray]] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._taken = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
         self._taken.update(name for node in graph.node for name in (*node.input, *node.output))
+        self.microsoft = bool(self._dynamic)
+
+    # Which tensors are INT8: those that INT8 layers read, back to where data was last computed; what
+    # convolutions make (they only fuse with a quantized result); and what joins make between those.
+
+    def _tensors(self) -> tuple[dict[str, str], set[str]]:
+        """Every tensor to quantize with the one whose range it has, and those that exist in INT8 only."""
+        banned: set[int] = set()
+        while True:
+            sources = self._layer_tensors()
+            joins = self._join_tensors(sources, banned)
+            made = self._int8_made(sources, joins)
+            late = {
+                position
+                for position, node in joins.items()
+                if not all(name in made for name in node.input if name not in self._wiring.weights)
+            }
+            if not late:
+                return sources, made
+            banned |= late
+
+    def _layer_tensors(self) -> dict[str, str]:
+        sources: dict[str, str] = {}
+        for layer in self._static.values():
+            chain = [layer.activation]
+            for source in self._wiring.sources(layer.activation):
+                if source not in self._recipe.ranges or not self._read_by_int8_only(chain[-1]):
+                    break  # a float node reads it too, and shall read what float made
+                chain.append(source)
+            sources.update(dict.fromkeys(chain, chain[-1]))
+        for layer in self._static.values():
+            if layer.kind == "Conv":
+                sources.setdefault(layer.result, layer.result)
+        return sources
+
+    def _read_by_int8_only(self, tensor: str) -> bool:
+        wiring = self._wiring
+        if tensor in wiring.outputs:
+            return False
+        for node in wiring.users.get(tensor, []):
+            layer = self._static.get(wiring.positions[id(node)])
+            if layer is not None and layer.activation == tensor:
+                continue
+            moves = node.op_type in _MOVES_DATA and node.input[0] == tensor
+            if not moves or not self._read_by_int8_only(node.output[0]):
+                return False
+        return bool(wiring.users.get(tensor))
+
+    def _join_tensors(self, sources: dict[str, str], banned: set[int]) -> dict[int, onnx.NodeProto]:
+        """Joins whose result is quantized, or is only read by such joins; the latter enter ``sources``."""
+        wiring, found = self._wiring, {}
+        for position in range(len(self._graph.node) - 1, -1, -1):
+            node = self._graph.node[position]
+            if (
+                node.op_type not in _JOINS
+                or position in banned
+                or any(n in wiring.weights for n in node.input)
+            ):
+                continue
+            result = wiring.result(node)
+            if result not in self._recipe.ranges or result in wiring.outputs:
+                continue
+            users = wiring.users.get(result, [])
+            if result not in sources:
+                if not users or not all(wiring.positions[id(user)] in found for user in users):
+                    continue
+                sources[result] = result
+            found[position] = node
+        return found
+
+    def _int8_made(self, sources: Mapping[str, str], joins: Mapping[int, onnx.NodeProto]) -> set[str]:
+        made = {layer.result for layer in self._static.values() if layer.result in sources}
+        for position, node in enumerate(self._graph.node):
+            moves = node.op_type in _MOVES_DATA and node.output[0] in sources and node.input[0] in sources
+            if moves and sources[node.output[0]] == sources[node.input[0]]:
+                made.add(node.output[0])
+            elif position in joins:
+                result = self._wiring.result(node)
+                if all(name in made for name in node.input):
+                    made.add(result)
+        return made
 
     def write(self) -> None:
         graph = self._graph
-        layers = {layer.node: layer for layer in self._plan.layers}
-        int8_results = {layer.result for layer in self._plan.layers}
-        produced_in_int8 = {name for name, source in self._plan.tensors.items() if source in int8_results}
-        dequantized = {name: self._unique(f"{name}_dq") for name in self._plan.tensors}
+        # Whoever reads a graph output reads what INT8 gives: one number, not two that differ.
+        given = self._made & self._wiring.outputs
+        dequantized = {name: name if name in given else self._unique(f"{name}_dq") for name in self._sources}
         for value in graph.input:
-            self._pair(value.name, dequantized)
+            self._pair(value.name, value.name, dequantized)
         for position, node in enumerate(list(graph.node)):
-            layer = layers.get(position)
-            moves = node.op_type in _MOVES_DATA and node.output[0] in self._plan.tensors
+            layer = self._static.get(position)
+            moves = node.op_type in _MOVES_DATA and self._sources.get(
+                node.output[0], ""
+            ) == self._sources.get(node.input[0], "-")
             for index, name in enumerate(node.input):
                 reads_int8 = index == 0 and (layer is not None or moves)
-                # What int8 kernels made exists in int8 only; what float made, float nodes read as it was.
-                if name in dequantized and (reads_int8 or name in produced_in_int8):
+                # What INT8 kernels made exists in INT8 only; what float made, float nodes read as it was.
+                if name in dequantized and (reads_int8 or name in self._made):
                     node.input[index] = dequantized[name]
             if layer is not None:
                 self._layer(node, layer)
+            elif position in self._dynamic:
+                node = self._dynamic_node(node, self._dynamic[position])  # noqa: PLW2901
             self._nodes.append(node)
-            for name in node.output:
-                self._pair(name, dequantized)
+            for index, name in enumerate(node.output):
+                if dequantized.get(name) == name:
+                    node.output[index] = self._unique(f"{name}_float")
+                    self._pair(node.output[index], name, dequantized)
+                else:
+                    self._pair(name, name, dequantized)
         del graph.node[:]
         graph.node.extend(self._nodes)
 
-    def _pair(self, tensor: str, dequantized: Mapping[str, str]) -> None:
+    def _pair(self, given: str, tensor: str, dequantized: Mapping[str, str]) -> None:
         """Q and DQ of an activation, right after it is made."""
         if tensor not in dequantized:
             return
@@ -247,48 +491,104 @@ class _Writer:
         ]
         quantized = self._unique(f"{tensor}_q")
         self._nodes += [
-            helper.make_node("QuantizeLinear", [tensor, *parameters], [quantized], quantized),
+            helper.make_node("QuantizeLinear", [given, *parameters], [quantized], quantized),
             helper.make_node(
-                "DequantizeLinear", [quantized, *parameters], [dequantized[tensor]], dequantized[tensor]
+                "DequantizeLinear", [quantized, *parameters], [dequantized[tensor]], f"{tensor}_dq"
             ),
         ]
 
+    def _array(self, name: str) -> np.ndarray:
+        if name not in self._arrays:
+            self._arrays[name] = np.asarray(numpy_helper.to_array(self._wiring.weights[name]), np.float64)
+        return self._arrays[name]
+
     def _layer(self, node: onnx.NodeProto, layer: Layer) -> None:
-        """Weight and bias of a layer as DQ of int8 and int32 constants."""
+        """Weight and bias of a static layer as DQ of int8 and int32 constants."""
         activation_scale = float(self._scales[layer.activation][0])
+        rounded = self._recipe.rounded.get(layer.node)
         name, scale = self._weight(layer, activation_scale)
         node.input[1] = name
-        if layer.bias is None:
+        bias = None if rounded is None else rounded.bias
+        if bias is None and layer.bias is not None:
+            bias = self._array(layer.bias)
+        if bias is None or layer.kind == "MatMul":
             return
         bias_scale = (scale.astype(np.float64) * activation_scale).astype(np.float32)
-        values = np.rint(self._weights[layer.bias].astype(np.float64) / bias_scale).astype(np.int32)
-        per_channel = scale.ndim == 1
-        node.input[2] = self._dequantize(
-            f"{layer.result}_bias", values, bias_scale, None, 0 if per_channel else None
-        )
+        bounded = np.clip(np.rint(bias.astype(np.float64) / bias_scale), -_INT32_ROOM, _INT32_ROOM)
+        axis = 0 if scale.ndim else None
+        made = self._dequantize(f"{layer.result}_bias", bounded.astype(np.int32), bias_scale, None, axis)
+        if len(node.input) > 2:
+            node.input[2] = made
+        else:
+            node.input.append(made)
 
     def _weight(self, layer: Layer, activation_scale: float) -> tuple[str, np.ndarray]:
-        key = (layer.weight, layer.axis)
-        if layer.bias is None and key in self._written:
+        rounded = self._recipe.rounded.get(layer.node)
+        per_tensor = layer.node in self._recipe.per_tensor
+        key = (layer.weight, layer.axis, per_tensor)
+        if layer.bias is None and rounded is None and key in self._written:
             return self._written[key]
-        values = self._weights[layer.weight].astype(np.float64)
-        others = tuple(axis for axis in range(values.ndim) if axis != layer.axis)
-        largest = np.abs(values).max(axis=others) if self._scheme.per_channel else np.abs(values).max()
-        scale = np.maximum(largest / 127, _FEWEST_SCALES)
-        if layer.bias is not None:
-            # A large bias on a channel of small weights would not fit int32 at its scale.
-            bias = np.abs(self._weights[layer.bias].astype(np.float64))
-            bias = bias if self._scheme.per_channel else bias.max()
-            scale = np.maximum(scale, bias / (activation_scale * _INT32_ROOM))
-        scale = np.asarray(scale, np.float32)
-        shape = [-1 if axis == layer.axis else 1 for axis in range(values.ndim)]
-        spread = scale.reshape(shape) if scale.ndim else scale
-        quantized = np.clip(np.rint(values / spread), -127, 127).astype(np.int8)
-        zero_point = np.zeros_like(scale, np.int8)
+        values = self._array(layer.weight)
+        if rounded is not None:
+            scale, quantized = rounded.scale, rounded.values
+        else:
+            scale = weight_scale(values, None if per_tensor else layer.axis)
+            if layer.bias is not None:
+                # A large bias on a channel of small weights would not fit int32 at its scale.
+                bias = np.abs(self._array(layer.bias))
+                bias = bias.max(initial=0.0) if per_tensor else bias
+                scale = np.asarray(np.maximum(scale, bias / (activation_scale * _INT32_ROOM)), np.float32)
+            quantized = nearest(values, scale, layer.axis)
         axis = layer.axis if scale.ndim else None
-        name = self._dequantize(layer.weight, quantized, scale, zero_point, axis)
-        self._written[key] = (name, scale)
+        name = self._dequantize(layer.weight, quantized, scale, np.zeros_like(scale, np.int8), axis)
+        if rounded is None:
+            self._written[key] = (name, scale)
         return name, scale
+
+    def _dynamic_node(self, node: onnx.NodeProto, layer: Layer) -> onnx.NodeProto:
+        if layer.kind == "LSTM":
+            return self._dynamic_lstm(node)
+        rounded = self._recipe.rounded.get(layer.node)
+        values = self._array(layer.weight)
+        if rounded is not None:
+            scale, quantized = rounded.scale, rounded.values
+        else:
+            scale = weight_scale(values, layer.axis)
+            quantized = nearest(values, scale, layer.axis)
+        if layer.axis == 0:
+            quantized = np.ascontiguousarray(quantized.T)
+        bias = None if rounded is None or layer.kind == "MatMul" else rounded.bias
+        name = "" if layer.bias is None else layer.bias
+        if bias is not None:
+            name = self._constant(f"{layer.result}_bias", bias.astype(np.float32))
+        inputs = [
+            node.input[0],
+            self._constant(f"{layer.weight}_q", quantized),
+            self._constant(f"{layer.weight}_scale", scale),
+            self._constant(f"{layer.weight}_zero_point", np.zeros_like(scale, np.int8)),
+            *([name] if name else []),
+        ]
+        return helper.make_node(
+            "DynamicQuantizeMatMul", inputs, list(node.output), node.name, domain=_MICROSOFT
+        )
+
+    def _dynamic_lstm(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """Weights (directions, inputs, 4 * hidden): the transpose of what ONNX's LSTM takes."""
+        inputs = [*node.input, *([""] * (8 - len(node.input)))]
+        scales = []
+        for index in (1, 2):
+            values = self._array(node.input[index])  # (directions, 4 * hidden, inputs)
+            scale = np.maximum(np.abs(values).max(axis=2) / 127, _FEWEST_SCALES).astype(np.float32)
+            quantized = np.clip(np.rint(values / scale[:, :, None]), -127, 127).astype(np.int8)
+            name = node.input[index]
+            inputs[index] = self._constant(f"{name}_q", np.ascontiguousarray(quantized.transpose(0, 2, 1)))
+            scales.append(self._constant(f"{name}_scale", scale))
+            scales.append(self._constant(f"{name}_zero_point", np.zeros_like(scale, np.int8)))
+        made = helper.make_node(
+            "DynamicQuantizeLSTM", [*inputs, *scales], list(node.output), node.name, domain=_MICROSOFT
+        )
+        made.attribute.extend(item for item in node.attribute if item.name != "layout")
+        return made
 
     def _dequantize(
         self,
@@ -319,112 +619,56 @@ class _Writer:
         self._graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
         return name
 
-    def _scale_of(self, found: Range) -> tuple[np.float32, int]:
-        """Scale and zero point; zero is always representable, or padding and Relu would be off."""
-        headroom = self._scheme.headroom
-        low, high = min(found.low, 0.0) * headroom, max(found.high, 0.0) * headroom
-        scale = np.float32((high - low) / 255 or 1.0)
-        zero_point = round(self._lowest - low / float(scale))
-        return scale, int(np.clip(zero_point, self._lowest, self._lowest + 255))
+
+# -- the result -------------------------------------------------------------------------------------------
 
 
-def write_dynamic(proto: onnx.ModelProto, target: Path) -> None:
-    """Weights int8, activations quantized while running; no Conv: ConvInteger is slower than float."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One candidate and what became of it."""
 
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it logs advice about pre-processing through the root logger
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            quantize_dynamic(
-                proto, target, op_types_to_quantize=["MatMul", "Gemm", "LSTM"], weight_type=QuantType.QInt8
-            )
-    finally:
-        root.setLevel(level)
+    name: str
+    size: int | None = None  # bytes
+    comparison: Comparison | None = None
+    predicted_seconds: float | None = None  # of one row on the target, by the cost model
+    problem: str | None = None  # why it was passed over
 
-
-# -- choosing ---------------------------------------------------------------------------------------------
+    @property
+    def sqnr(self) -> float:
+        """How close it is, for choosing."""
+        return -np.inf if self.comparison is None else self.comparison.sqnr
 
 
-def to_int8(
-    model: PreparedModel,
-    plan: Plan,
-    ranges: Mapping[str, Range],
-    judge: Callable[[Path], Comparison],
-    budget: Budget,
-    folder: Path,
-) -> Int8Model:
-    """Write candidates into ``folder`` until one is loaded, smaller and inside the budget.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFacts:
+    """What became of one layer, for the report."""
 
-    Args:
-        model: the FP32 reference.
-        plan: what can be INT8.
-        ranges: of ``plan.watched``.
-        judge: compares a written file with the reference on rows kept for choosing.
-        budget: how far it may be off.
-        folder: where candidates are written.
-    """
-    float_path = folder / "fp32.onnx"
-    onnx.save(model.proto, float_path)
-    float_size = float_path.stat().st_size
-    tried: list[Candidate] = []
+    name: str
+    kind: str
+    mode: Mode
+    parameters: int
+    alone_sqnr: float | None  # dB of the outputs with only this layer INT8; None: not measured
+    why: str | None  # it is not in the form that was tried first
 
-    def attempt(name: str, write: Callable[[Path], None], scheme: Scheme | None) -> Int8Model | None:
-        path = folder / f"candidate{len(tried)}.onnx"
-        try:
-            write(path)
-            size = path.stat().st_size
-            comparison = judge(path)
-        except OSError:
-            raise
-        except Exception as error:  # of onnx, onnxruntime or their quantizer: the next candidate is tried
-            tried.append(Candidate(name=name, problem=runtime.one_line(error)))
-            return None
-        problem = None
-        if size >= float_size:
-            problem = f"not smaller than FP32 ({size} of {float_size} bytes)"
-        elif not comparison.inside(budget):
-            problem = f"outside the budget: {comparison.verdict()}"
-        tried.append(Candidate(name=name, size=size, comparison=comparison, problem=problem))
-        if problem:
-            return None
-        return Int8Model(
-            path=path,
-            name=name,
-            scheme=scheme,
-            precision="int8",
-            size=size,
-            plan=plan,
-            candidates=tuple(tried),
-        )
 
-    def write(scheme: Scheme) -> Callable[[Path], None]:
-        return lambda path: onnx.save(write_static(model.proto, plan, ranges, scheme), path)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Model:
+    """A model, written and loaded. ``precision`` is fp32 if it is the reference itself."""
 
-    for per_channel in (True, False) if plan.layers else ():
-        inside = []
-        for headroom in HEADROOMS:
-            scheme = Scheme(per_channel, headroom)
-            if found := attempt(scheme.name, write(scheme), scheme):
-                inside.append((tried[-1].sqnr, found))
-        if inside:
-            # The narrowest range of the closest: max() takes the first of equals.
-            return replace(max(inside, key=lambda item: item[0])[1], candidates=tuple(tried))
-    dense = any(node.op_type in ("MatMul", "Gemm", "LSTM") for node in model.proto.graph.node)
-    if dense and (chosen := attempt(DYNAMIC, lambda path: write_dynamic(model.proto, path), None)):
-        return chosen
-    comparison = judge(float_path)
-    if comparison.sqnr < 0:
-        raise BadModel("the FP32 model itself gives outputs that are not finite on the calibration rows")
-    tried.append(Candidate(name=FLOAT, size=float_size, comparison=comparison))
-    return Int8Model(
-        path=float_path,
-        name=FLOAT,
-        scheme=None,
-        precision="fp32",
-        size=float_size,
-        plan=plan,
-        candidates=tuple(tried),
-    )
+    path: Path
+    name: str
+    precision: str
+    size: int  # bytes
+    plan: Plan
+    candidates: tuple[Candidate, ...]
+    recipe: Recipe | None  # None for FP32
+    graph: onnx.ModelProto  # the graph it is for: the reference, or the equalized one
+    layers: tuple[LayerFacts, ...]
+    predicted_seconds: float | None  # of one row on the target, by the cost model
+    predicted_seconds_fp32: float
+
+
+def static_recipe(plan: Plan, ranges: Mapping[str, Range], *, per_channel: bool = True) -> Recipe:
+    """Every layer in its first INT8 form with these ranges."""
+    every: Sequence[int] = [layer.node for layer in plan.layers]
+    return Recipe(modes=plan.all_int8(), ranges=ranges, per_tensor=frozenset(() if per_channel else every))

@@ -22,14 +22,16 @@ from edge_agent.contract.version import Version
 from edge_agent.drift.binning import baseline_of
 from quantize import bundle as bundling
 from quantize import decide, fallback, report, runtime
-from quantize.calibrate import calibrate
 from quantize.config import QuantizeConfig
+from quantize.cost import TARGETS, sizes_of
 from quantize.fallback import Fallback
-from quantize.int8 import Int8Model, plan_of, to_int8
+from quantize.int8 import Int8Model
 from quantize.load import FloatModel, load_data, load_model
 from quantize.prepare import PreparedModel, prepare
+from quantize.prune import check_target_size, prune, unpruned
+from quantize.search import observe, search
 from quantize.staging import staging
-from quantize.validate import Judge, Parts, Verdict, split, validate
+from quantize.validate import Judge, Parts, Verdict, check_metric, settle, split, validate
 
 # The oldest agent that reads this bundle format.
 _AGENT: Final = Version("0.1.0")
@@ -83,21 +85,25 @@ def build(config: QuantizeConfig, log: StepLog) -> BuiltBundle:
     with staging(config.out, label) as stage:
         with log.step("prepare"):
             model = prepare(source, calibration, config.prepare)
+            sizes = sizes_of(model, calibration)
+            judge = Judge(model, parts, config.threshold, sizes)
+            check_metric(config.budget, model, parts)
+        with log.step("prune"):
+            pruned = unpruned(model)
+            if config.shrink.wanted:
+                pruned = prune(model, parts.ranges, judge.few, config.budget, config.shrink)
+                sizes = sizes_of(pruned.model, calibration)
         with log.step("calibrate"):
-            plan = plan_of(model.proto)
-            ranges = calibrate(model, plan.watched, parts.ranges)
+            observed = observe(pruned.model, parts.ranges, parts.selection, sizes, fast=config.fast)
         with log.step("int8"):
-            judge = Judge(model, calibration, config.threshold)
-            int8 = to_int8(
-                model,
-                plan,
-                ranges,
-                lambda path: judge.judge(path, parts.selection).comparison,
-                config.budget,
-                stage,
+            target = TARGETS[config.target]
+            found = search(
+                pruned.model, observed, judge, config.budget, stage, target=target, fast=config.fast
             )
         with log.step("validate"):
-            verdict = validate(model, int8, ranges, judge, parts, stage)
+            int8 = settle(found, judge, parts, config.budget)
+            check_target_size(config.shrink, int8.size, pruned)
+            verdict = validate(model, int8, judge, parts, stage)
         with log.step("bundle"):
             members = _members(config, source, model, int8, verdict, judge, parts)
             written = bundling.write(stage, members.manifest, members.files)

@@ -1,11 +1,13 @@
 """Step 5: judge the written file, not the graph in memory.
 
 Three disjoint parts of the data: ranges come from one part of the calibration rows, candidates are chosen on
-rows kept for choosing, and what the report says was measured on rows that had no part in either.
+rows kept for choosing, and what the report says was measured on rows that had no part in either. If those say
+that the chosen candidate is outside the budget, the next more careful one is judged; the last is FP32.
 
 Accuracy is compared between the file, as a device will load it, and the FP32 reference. Latency is measured
 in turns, so that a busy machine slows both. On x86 an S8S8 graph has no fast kernel, so a U8S8 twin (the same
-graph, the same work, unsigned activations) is timed in its place; the result says what was timed.
+graph, the same work, unsigned activations) is timed in its place; the result says what was timed. It decides
+nothing: the same command would not always give the same bundle (docs/adr/0020).
 """
 
 from __future__ import annotations
@@ -22,20 +24,25 @@ from typing import Final
 import numpy as np
 import onnx
 
-from quantize import compare, runtime
-from quantize.calibrate import Range
+from quantize import compare, cost, runtime
 from quantize.compare import Comparison
-from quantize.config import Threshold
-from quantize.decide import threshold_of
-from quantize.int8 import Int8Model, Plan, Scheme, write_static
+from quantize.config import Budget, Threshold
+from quantize.cost import Sizes
+from quantize.decide import Scored, threshold_of
+from quantize.errors import BadData
+from quantize.int8 import Candidate, Int8Model, Mode, write_int8
 from quantize.load import Rows
 from quantize.prepare import PreparedModel
+from quantize.search import Found
 
 _RANGES_SHARE: Final = 0.7  # of the calibration rows find ranges, the others choose
 _SPLIT_SEED: Final = 20
 _TURNS: Final = 15
 _RUNS_A_TURN: Final = 40
-_SECONDS_AT_MOST: Final = 4.0
+_SECONDS_AT_MOST: Final = 2.0
+_BATCH_BYTES: Final = 128e6  # of all activations of a batch
+_PROBE_MACS: Final = 2e9  # multiply-accumulates of a sensitivity: which rows are used depends on no clock
+_FEW_MACS: Final = 12e9  # of one candidate
 _KEPT_FLOAT: Final = ("Conv", "Gemm", "FusedGemm", "MatMul", "FusedConv", "FusedMatMul")
 
 
@@ -71,6 +78,22 @@ def split(calibration: Rows, validation: Rows | None) -> Parts:
     return Parts(calibration, calibration.take(ranges), validation.take(first), validation.take(second))
 
 
+def check_metric(budget: Budget, model: PreparedModel, parts: Parts) -> None:
+    """Whether the data can tell what the budget asks.
+
+    Raises:
+        BadData: the metric needs labels, or a score, and there is none.
+    """
+    if not budget.metric.needs_labels:
+        return
+    if parts.judgement.labels is None:
+        raise BadData(f"--metric {budget.metric} needs labelled rows: give --validation with y (1 = bad)")
+    if model.score is None:
+        raise BadData(
+            f"--metric {budget.metric} needs a score, the model has none: use --metric sqnr or agreement"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Judged:
     """One file's outputs on one part of the data, next to the reference's."""
@@ -82,47 +105,96 @@ class Judged:
 
 
 class Judge:
-    """Compares files with the FP32 reference. The reference runs once per part of the data."""
+    """Compares files and graphs with the FP32 reference, which runs once per part of the data.
 
-    def __init__(self, model: PreparedModel, calibration: Rows, threshold: Threshold) -> None:
-        self._model, self._threshold = model, threshold
-        self._calibration = calibration
+    Three sizes of the rows for choosing, by what a row costs to run: for a sensitivity, a candidate, and all.
+    """
+
+    def __init__(self, model: PreparedModel, parts: Parts, threshold: Threshold, sizes: Sizes) -> None:
+        self._model, self._threshold, self._parts = model, threshold, parts
         self._session = runtime.open_session(model.proto)
         self._known: dict[int, tuple[Rows, dict[str, np.ndarray]]] = {}
+        self._batch = model.fixed_batch or int(np.clip(_BATCH_BYTES / max(sizes.bytes, 1), 1, model.batch))
+        macs = max(sizes.macs, 1.0)
+        self._samples = {
+            kind: tuple(
+                _evenly(rows, int(share / macs), least) for rows in (parts.selection, parts.calibration)
+            )
+            for kind, share, least in (("probe", _PROBE_MACS, 4), ("few", _FEW_MACS, 8))
+        }
 
-    def judge(self, path: Path, rows: Rows) -> Judged:
-        """Compare the file at ``path`` with the reference on ``rows``.
+    def probe(self, source: onnx.ModelProto) -> Comparison:
+        """On the fewest rows for choosing."""
+        return self._judge(source, *self._samples["probe"]).comparison
+
+    def few(self, source: Path | onnx.ModelProto) -> Comparison:
+        """On a sample of the rows for choosing."""
+        return self._judge(source, *self._samples["few"]).comparison
+
+    def selection(self, source: Path | onnx.ModelProto) -> Comparison:
+        """On all rows for choosing."""
+        return self.judge(source, self._parts.selection).comparison
+
+    def judge(self, source: Path | onnx.ModelProto, rows: Rows) -> Judged:
+        """Compare a file or graph with the reference on ``rows``, by thresholds from all calibration rows.
 
         Raises:
             BadModel: onnxruntime cannot load or run it.
         """
-        session = runtime.open_session(path)
+        return self._judge(source, rows, self._parts.calibration)
+
+    def _judge(self, source: Path | onnx.ModelProto, rows: Rows, calibration: Rows) -> Judged:
+        session = runtime.open_session(source)
         expected = self.reference(rows)
-        rows = self._model.trim(rows)
-        got = runtime.run_all(session, rows.inputs, self._model.batch)
+        trimmed = self._model.trim(rows)
+        got = runtime.run_all(session, trimmed.inputs, self._batch)
         score = self._model.score
         if score is None:
             return Judged(compare.outputs(expected, got), got, None, None)
-        thresholds = (
-            threshold_of(self.reference(self._calibration)[score], self._threshold),
-            threshold_of(self.scores(session), self._threshold),
-        )
-        comparison = compare.scores(expected[score], got[score], thresholds, rows.labels)
+        thresholds = (self._threshold_of(None, calibration), self._threshold_of(session, calibration))
+        comparison = compare.scores(expected[score], got[score], thresholds, trimmed.labels)
         return Judged(comparison, got, thresholds[1], thresholds[0])
+
+    def _threshold_of(self, session: runtime.Session | None, calibration: Rows) -> float:
+        """Of the reference (None) or of a candidate."""
+        score = self._model.score
+        assert score is not None
+        if self._threshold.value is not None:
+            return self._threshold.value
+
+        def scores_of(rows: Rows) -> np.ndarray:
+            if session is None:
+                return self.reference(rows)[score]
+            return runtime.run_all(session, self._model.trim(rows).inputs, self._batch)[score]
+
+        labels = self._model.trim(self._parts.selection).labels
+        held_out = None
+        if labels is not None and self._threshold.quantile is None:
+            held_out = Scored(scores_of(self._parts.selection), labels)
+        return threshold_of(scores_of(calibration), self._threshold, held_out)
 
     def scores(self, session: runtime.Session) -> np.ndarray:
         """What a model scores all calibration rows: (n,)."""
         assert self._model.score is not None
-        inputs = self._model.trim(self._calibration).inputs
-        return runtime.run_all(session, inputs, self._model.batch)[self._model.score]
+        inputs = self._model.trim(self._parts.calibration).inputs
+        return runtime.run_all(session, inputs, self._batch)[self._model.score]
 
     def reference(self, rows: Rows) -> dict[str, np.ndarray]:
         """The FP32 model's outputs for ``rows``."""
         known = self._known.get(id(rows))
         if known is None:
-            outputs = runtime.run_all(self._session, self._model.trim(rows).inputs, self._model.batch)
+            outputs = runtime.run_all(self._session, self._model.trim(rows).inputs, self._batch)
             known = self._known[id(rows)] = (rows, outputs)  # holding the rows keeps their id theirs
         return known[1]
+
+
+def _evenly(rows: Rows, most: int, least: int) -> Rows:
+    """At most ``most`` rows, but not less than ``least``, evenly over both labels."""
+    most = max(most, least)
+    if len(rows) <= most:
+        return rows
+    order = np.arange(len(rows)) if rows.labels is None else np.argsort(rows.labels, kind="stable")
+    return rows.take(np.sort(order[np.linspace(0, len(rows) - 1, most).round().astype(int)]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,14 +221,25 @@ class Verdict:
     latency: Latency
 
 
-def validate(
-    model: PreparedModel,
-    int8: Int8Model,
-    ranges: Mapping[str, Range],
-    judge: Judge,
-    parts: Parts,
-    folder: Path,
-) -> Verdict:
+def settle(found: Found, judge: Judge, parts: Parts, budget: Budget) -> Int8Model:
+    """The first of ``found`` that is inside the budget on the rows of the final judgement, or FP32."""
+    candidates = found.models[0].candidates
+    for model in found.models[:-1]:
+        comparison = judge.judge(model.path, parts.judgement).comparison
+        if comparison.inside(budget):
+            return replace(model, candidates=candidates)
+        problem = f"outside the budget on the rows of the final judgement: {comparison.verdict()}"
+        candidates = tuple(
+            replace(one, problem=problem) if one.name == model.name else one for one in candidates
+        )
+    last = found.models[-1]
+    if all(one.name != last.name for one in candidates):
+        known = Candidate(name=last.name, size=last.size, predicted_seconds=last.predicted_seconds)
+        candidates = (*candidates, known)
+    return replace(last, candidates=candidates)
+
+
+def validate(model: PreparedModel, int8: Int8Model, judge: Judge, parts: Parts, folder: Path) -> Verdict:
     """Load the written file and compare it with the reference on rows that had no part in making it.
 
     Raises:
@@ -171,32 +254,26 @@ def validate(
         left_float=sum(kernels.get(kind, 0) for kind in _KEPT_FLOAT),
         threshold=judged.threshold,
         threshold_reference=judged.threshold_reference,
-        latency=_latency(model, int8, ranges, parts.calibration),
+        latency=_latency(model, int8, parts.calibration),
     )
 
 
-def kernels_on_arm(model: Path, optimized: Path) -> dict[str, int]:
+def kernels_on_arm(model: Path, scratch: Path) -> dict[str, int]:
     """The operators of the graph that onnxruntime runs on ARM64, by how often."""
-    runtime.open_session(model, settings=runtime.ARM_GRAPH, optimized=optimized)
-    graph = onnx.load(optimized).graph
-    optimized.unlink()
+    graph = cost.arm_graph(model, scratch).graph
     return dict(sorted(Counter(node.op_type for node in graph.node).items()))
 
 
-def _latency(model: PreparedModel, int8: Int8Model, ranges: Mapping[str, Range], rows: Rows) -> Latency:
+def _latency(model: PreparedModel, int8: Int8Model, rows: Rows) -> Latency:
     count = model.fixed_batch or 1
-    feeds = {name: values[:count] for name, values in rows.inputs.items()}
+    feeds = next(runtime.batches(rows.take(np.arange(count)).inputs, count))
     session, timed = runtime.open_session(int8.path), "the bundle's model"
-    scheme = int8.scheme
-    if scheme is not None and platform.machine() in ("x86_64", "AMD64"):
-        session, timed = _twin(model, int8.plan, ranges, scheme), "a U8S8 twin (x86 has no fast S8S8 kernels)"
+    recipe = int8.recipe
+    if recipe is not None and recipe.count(Mode.STATIC) and platform.machine() in ("x86_64", "AMD64"):
+        session = runtime.open_session(write_int8(int8.graph, int8.plan, recipe.twin()))
+        timed = "a U8S8 twin (x86 has no fast S8S8 kernels)"
     fp32, chosen = in_turns((runtime.open_session(model.proto), session), feeds)
     return Latency(fp32=fp32, chosen=chosen, timed=timed, machine=platform.machine(), rows=count)
-
-
-def _twin(model: PreparedModel, plan: Plan, ranges: Mapping[str, Range], scheme: Scheme) -> runtime.Session:
-    unsigned = replace(scheme, signed_activations=False)
-    return runtime.open_session(write_static(model.proto, plan, ranges, unsigned))
 
 
 def in_turns(

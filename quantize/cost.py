@@ -1,0 +1,227 @@
+"""What a graph costs on a board: bytes, multiplications and a stated time. Pure: a graph and shapes in.
+
+The clock of a workstation says little about a board and something else every time, so what goes into a bundle
+is never decided by it (docs/adr/0020). It is decided by this: the graph as ONNX Runtime fuses it for ARM64,
+every node at the stated rates of the target. The rates are round figures for one core and good for comparing
+two forms of one model; they promise no latency.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx
+
+from quantize import runtime
+from quantize.load import Rows
+from quantize.prepare import PreparedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One core of a board. Rates per second."""
+
+    name: str
+    float_macs: float  # multiply-accumulates, FP32 GEMM
+    int8_macs: float
+    memory_bytes: float
+    elements: float  # of simple float arithmetic, one node
+    node_seconds: float  # calling one kernel
+
+
+# int8/fp32: 1.3-1.5 with plain NEON (A53, A72), 3-4 with the dot product instructions (A55, A75 and later).
+TARGETS: Final[Mapping[str, Target]] = {
+    target.name: target
+    for target in (
+        Target("cortex-a53", 3e9, 4e9, 2e9, 0.3e9, 5e-6),
+        Target("cortex-a72", 6e9, 9e9, 4e9, 0.7e9, 3e-6),
+        Target("cortex-a76", 16e9, 50e9, 9e9, 1.5e9, 1.5e-6),
+        Target("neoverse-n1", 20e9, 64e9, 15e9, 2e9, 1e-6),
+        Target("generic-arm64", 6e9, 12e9, 4e9, 0.7e9, 3e-6),
+        Target("x86-64", 50e9, 150e9, 12e9, 4e9, 0.7e-6),
+    )
+}
+GENERIC: Final = "generic-arm64"
+
+_FREE: Final = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Constant", "Shape")
+_FLOAT_KERNELS: Final = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
+_INT8_KERNELS: Final = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger")
+_SLOW: Final = (
+    "Erf", "Exp", "Log", "Tanh", "Sigmoid", "Softmax", "LogSoftmax", "Gelu", "QuickGelu", "BiasGelu",
+    "FastGelu", "Pow", "LayerNormalization", "SkipLayerNormalization", "QLinearSoftmax",
+)  # fmt: skip
+_SLOW_FACTOR: Final = 4.0
+_DEPTHWISE_FACTOR: Final = 4.0  # such kernels wait for memory, not for multipliers
+_SUFFIXES: Final = ("_quantized", "_dq", "_q", "_float")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large the tensors of the FP32 graph are with one row (or one fixed batch)."""
+
+    elements: Mapping[str, int]
+    macs: float  # multiply-accumulates
+
+    @property
+    def bytes(self) -> int:
+        """Of all float activations together."""
+        return 4 * sum(self.elements.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one run of a graph takes on a target."""
+
+    seconds: float
+    kernels: Mapping[str, int]
+
+
+def sizes_of(model: PreparedModel, rows: Rows) -> Sizes:
+    """Run one row and look."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model.proto)
+    known = {value.name for value in watched.graph.output}
+    for node in watched.graph.node:
+        for name in node.output:
+            if name and name not in known:
+                known.add(name)
+                watched.graph.output.append(onnx.ValueInfoProto(name=name))
+    count = model.fixed_batch or 1
+    first = rows.take(np.arange(count)).inputs
+    session = runtime.open_session(watched, level=runtime.OptimizationLevel.ORT_DISABLE_ALL)
+    elements = {
+        name: int(np.size(values)) for name, values in next(runtime.stream(session, first, count)).items()
+    }
+    for name, values in first.items():  # rows of different lengths are an array of arrays
+        elements[name] = sum(int(row.size) for row in values) if values.dtype == object else int(values.size)
+    weights = {tensor.name: tuple(tensor.dims) for tensor in model.proto.graph.initializer}
+    macs = sum(_macs(node, elements, weights)[0] for node in model.proto.graph.node)
+    return Sizes(elements, macs)
+
+
+def arm_graph(model: Path | onnx.ModelProto, scratch: Path) -> onnx.ModelProto:
+    """The graph that onnxruntime runs on ARM64, as it would be there: no x86 layouts.
+
+    Args:
+        model: a file or a graph.
+        scratch: a path for a file, removed again.
+    """
+    level = runtime.OptimizationLevel.ORT_ENABLE_EXTENDED
+    runtime.open_session(model, settings=runtime.ARM_GRAPH, level=level, optimized=scratch)
+    graph = onnx.load(scratch)
+    scratch.unlink()
+    return graph
+
+
+def cost_of(fused: onnx.ModelProto, sizes: Sizes, target: Target) -> Cost:
+    """What a fused graph takes."""
+    weights = {tensor.name: tuple(tensor.dims) for tensor in fused.graph.initializer}
+    known = dict(sizes.elements)
+    seconds = 0.0
+    for node in fused.graph.node:
+        out = sum(_size(name, known) for name in node.output if name)
+        if not out:
+            out = max((_size(name, known) for name in node.input if name not in weights), default=0)
+        for name in node.output:
+            known.setdefault(name, out)
+        seconds += _seconds(node, known, weights, target)
+    return Cost(seconds, dict(sorted(Counter(node.op_type for node in fused.graph.node).items())))
+
+
+def saving_of(
+    node: onnx.NodeProto, sizes: Sizes, weights: Mapping[str, onnx.TensorProto], target: Target
+) -> tuple[float, int]:
+    """What a layer saves as INT8 with Q and DQ around it: seconds of one row (perhaps none), and bytes."""
+    shapes = {name: tuple(tensor.dims) for name, tensor in weights.items()}
+    macs, elements, depthwise = _macs(node, sizes.elements, shapes)
+    around = sum(_size(name, sizes.elements) for name in (node.input[0], *node.output) if name)
+    rate = 1 / _DEPTHWISE_FACTOR if depthwise else 1.0
+    before = max(macs / (target.float_macs * rate), 4 * elements / target.memory_bytes)
+    after = max(macs / (target.int8_macs * rate), elements / target.memory_bytes)
+    before += 4 * around / target.memory_bytes
+    after += around / target.memory_bytes + around / target.elements / 4  # Q and DQ at every other border
+    return max(before - after, 0.0), 3 * elements
+
+
+def _size(name: str, known: Mapping[str, int]) -> int:
+    if name in known:
+        return known[name]
+    for suffix in _SUFFIXES:
+        if name.endswith(suffix) and name.removesuffix(suffix) in known:
+            return known[name.removesuffix(suffix)]
+    return 0
+
+
+def _macs(
+    node: onnx.NodeProto, known: Mapping[str, int], weights: Mapping[str, tuple[int, ...]]
+) -> tuple[float, int, bool]:
+    """Multiply-accumulates, elements of the weight, and whether each channel is by itself."""
+    out = _size(node.output[0], known) if node.output else 0
+    kind = node.op_type
+    if kind.endswith("LSTM"):
+        sizes = [int(np.prod(weights.get(name, (0,)))) for name in node.input[1:3]]
+        hidden = next((item.i for item in node.attribute if item.name == "hidden_size"), 1)
+        steps = max(out, _size(node.output[-1], known), hidden) / hidden
+        return steps * sum(sizes), sum(sizes), False
+    if kind not in (*_FLOAT_KERNELS, *_INT8_KERNELS, "DynamicQuantizeMatMul"):
+        return 0.0, 0, False
+    shape: tuple[int, ...] = max(
+        (weights[name] for name in node.input if name in weights),
+        key=lambda dims: int(np.prod(dims)),
+        default=(),
+    )
+    elements = int(np.prod(shape)) if shape else 0
+    if not shape:  # two activations, as in attention: as if square
+        inner = max((_size(name, known) for name in node.input), default=0)
+        return float(out) * max(inner, 1) ** 0.5, 0, False
+    if "Conv" in kind:
+        depthwise = len(shape) > 1 and shape[1] == 1 and kind != "ConvTranspose"
+        if kind == "ConvTranspose":
+            return float(_size(node.input[0], known)) * elements / shape[0], elements, False
+        return float(out) * elements / shape[0], elements, depthwise
+    transposed = any(item.name == "transB" and item.i for item in node.attribute)
+    columns = shape[0] if transposed else shape[-1]
+    return float(out) * elements / max(columns, 1), elements, False
+
+
+def _kernel(node: onnx.NodeProto, weights: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    return next((weights[name] for name in node.input[1:] if name in weights), ())
+
+
+def _reach(node: onnx.NodeProto, weights: Mapping[str, tuple[int, ...]]) -> int:
+    return int(np.prod(_kernel(node, weights)[2:]))
+
+
+def _channels(node: onnx.NodeProto, weights: Mapping[str, tuple[int, ...]]) -> int:
+    return int((_kernel(node, weights) or (1,))[0])
+
+
+def _seconds(
+    node: onnx.NodeProto, known: Mapping[str, int], weights: Mapping[str, tuple[int, ...]], target: Target
+) -> float:
+    kind = node.op_type
+    if kind in _FREE:
+        return target.node_seconds / 3
+    macs, elements, depthwise = _macs(node, known, weights)
+    inputs = sum(_size(name, known) for name in node.input if name and name not in weights)
+    outputs = sum(_size(name, known) for name in node.output if name)
+    int8 = kind in _INT8_KERNELS or kind.startswith("DynamicQuantize")
+    if macs:
+        width = 1 if int8 else 4
+        rate = (target.int8_macs if int8 else target.float_macs) / (_DEPTHWISE_FACTOR if depthwise else 1.0)
+        seconds = max(macs / rate, width * elements / target.memory_bytes)
+        if not int8 and "Conv" in kind and not depthwise and _reach(node, weights) > 1:
+            # ARM64 has no blocked float layout: the windows are written out first. INT8 reads them in place.
+            seconds += macs / max(_channels(node, weights), 1) / target.elements / 2
+        if kind.startswith("DynamicQuantize"):
+            seconds += inputs / target.elements  # finding the range and rounding, in float
+        seconds += width * (inputs + outputs) / target.memory_bytes
+        return seconds + target.node_seconds
+    narrow = kind.startswith(("QLinear", "Nhwc")) or kind in ("DequantizeLinear", "QuantizeLinear")
+    factor = _SLOW_FACTOR if kind in _SLOW else 0.5 if narrow else 1.0
+    return factor * max(inputs, outputs) / target.elements + target.node_seconds
