@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.verb(arguments) or 0)
     except (EdgeError, ContractError) as error:
-        print(f"edge-agent: {error}", file=sys.stderr)
-        return 1
+        return _failed(arguments, error)
     except ExceptionGroup as group:  # a task of the agent ended it: the first expected failure says why
         expected = group.subgroup((EdgeError, ContractError))
         if expected is None:
@@ -54,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         first: BaseException = expected
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
-        print(f"edge-agent: {first}", file=sys.stderr)
-        return 1
+        return _failed(arguments, first)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read the output has enough of it
@@ -63,6 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception:
         return _our_fault()
+
+
+def _failed(arguments: argparse.Namespace, error: BaseException) -> int:
+    """An expected failure, in one line: a sentence, or an event where a log collector reads."""
+    if arguments.verb is _run and not sys.stderr.isatty():
+        from edge_agent.telemetry import logs
+
+        logs.configure("info")
+        logs.EventLog(__name__).error("agent_failed", message=str(error))
+    else:
+        print(f"edge-agent: {error}", file=sys.stderr)
+    return 1
 
 
 def _our_fault() -> int:

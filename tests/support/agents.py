@@ -90,17 +90,20 @@ class AgentProcess:
         finally:
             self._child = None
 
-    def request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    def request(
+        self, method: str, path: str, body: bytes | None = None, token: str | None = None
+    ) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
-            connection.request(method, path, body)
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            connection.request(method, path, body, headers)
             response = connection.getresponse()
             return response.status, response.read()
         finally:
             connection.close()
 
-    def get(self, path: str) -> tuple[int, bytes]:
-        return self.request("GET", path)
+    def get(self, path: str, token: str | None = None) -> tuple[int, bytes]:
+        return self.request("GET", path, token=token)
 
     def predict(self, row: Sequence[float | None] | Mapping[str, float], **fields: Any) -> dict[str, Any]:
         status, body = self.request("POST", "/predict", json.dumps({"features": row, **fields}).encode())

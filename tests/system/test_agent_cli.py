@@ -12,6 +12,7 @@ import pytest
 from edge_agent.contract.bundle import pack
 from tests.support.agents import BIN, AgentProcess, run_cli
 from tests.support.bundles import tiny_bundle
+from tests.support.services import eventually
 
 
 @pytest.fixture
@@ -196,3 +197,81 @@ def test_sigterm_drains_and_exits_with_0(agent, bundle):
     agent.start()
     agent.wait_for(source="model")
     assert agent.stop() == 0
+
+
+def test_a_token_is_printed_once_opens_the_port_and_can_be_revoked(agent, tmp_path):
+    tokens = tmp_path / "tokens"
+    content = json.loads(agent.config.read_text())
+    agent.config.write_text(json.dumps(content | {"http": {"port": agent.port, "tokens_file": str(tokens)}}))
+    refused = run_cli("edge-agent", "run", "--config", agent.config)
+    assert refused.returncode == 1
+    failed = json.loads(refused.stderr.splitlines()[-1])
+    assert (failed["event"], failed["level"]) == ("agent_failed", "error")
+    assert f"http.tokens_file {tokens}" in failed["message"]
+
+    made = run_cli("edge-agent", "token", "alice", "--config", agent.config)
+    assert made.returncode == 0, made
+    token = made.stdout.strip()
+    assert len(token) >= 43
+    assert token not in made.stderr
+    assert token not in tokens.read_text()
+    one_line(run_cli("edge-agent", "token", "alice", "--config", agent.config), "alice", "revoke")
+    one_line(run_cli("edge-agent", "token", "a/b", "--config", agent.config), "a/b")
+    one_line(run_cli("edge-agent", "token", "--revoke", "bob", "--config", agent.config), "bob", "alice")
+
+    agent.start()
+    assert agent.get("/v2")[0] == 401
+    assert agent.get("/v2/health/live")[0] == 200
+    assert agent.get("/v2", token)[0] == 200
+    assert (
+        run_cli("edge-agent", "status", "--config", agent.config).returncode == 0
+    )  # the socket asks for none
+    assert run_cli("edge-agent", "token", "--revoke", "alice", "--config", agent.config).returncode == 0
+    eventually(lambda: agent.get("/v2", token)[0] == 401, "the token to be refused", 20)
+
+
+def test_a_token_needs_a_file_to_be_kept_in(agent):
+    one_line(run_cli("edge-agent", "token", "alice", "--config", agent.config), "http.tokens_file", "--file")
+
+
+def test_bench_measures_bundles_side_by_side(tmp_path, bundle):
+    other = tiny_bundle(tmp_path / "other", version="2.0.0")
+    done = run_cli("edge-agent", "bench", bundle.path, other.path, "--seconds", "0.3", "--json")
+    assert done.returncode == 0, done
+    report = json.loads(done.stdout)
+    assert report["machine"]["cores"] >= 1
+    first, second = report["bundles"]
+    assert (first["version"], second["version"]) == ("1.0.0", "2.0.0")
+    for what in ("model", "request", "rules"):
+        assert 0 < first[what]["p50"] <= first[what]["p99"] <= first[what]["longest"]
+    assert set(first["rows_per_second"]) == {"1", "2", "4", "8", "16", "32", "64"}
+    shown = run_cli("edge-agent", "bench", bundle.path, "--seconds", "0.2")
+    assert "rows per second" in shown.stdout
+    assert "p99.9" in shown.stdout
+
+
+def test_bench_of_what_is_no_bundle_is_one_line(tmp_path):
+    one_line(run_cli("edge-agent", "bench", tmp_path / "absent"), "absent")
+    one_line(run_cli("edge-agent", "bench", tmp_path, "--seconds", "0"), "--seconds")
+
+
+def test_the_status_for_the_page_holds_no_paths(agent, bundle):
+    assert run_cli("edge-agent", "install", bundle.path, "--config", agent.config).returncode == 0
+    agent.start()
+    status, body = agent.get("/status")
+    assert status == 200
+    assert str(agent.folder) not in body.decode()
+    report = json.loads(body)
+    assert report["models"][0]["name"] == "demo"
+    assert report["health"]["live"] is True
+    assert report["updates"]["models"]["demo"]["state"] in ("probation", "committed")
+
+
+def test_a_local_install_leaves_probation_without_a_repository(agent, bundle):
+    agent.start()
+    assert run_cli("edge-agent", "install", bundle.path, "--config", agent.config).returncode == 0
+
+    def state():
+        return json.loads(agent.get("/status")[1])["updates"]["models"]["demo"]["state"]
+
+    eventually(lambda: state() == "committed", "the release to be committed", 30)

@@ -9,13 +9,14 @@ import logging
 import shutil
 import socket
 import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edge_agent.config import TlsConfig, from_mapping
+from edge_agent.config import HttpConfig, TlsConfig, from_mapping
 from edge_agent.errors import ConfigError
 from edge_agent.transport.doors import MAX_CLIENTS, Rates, Tokens, new_token
 from edge_agent.transport.http import HttpServer
@@ -402,3 +403,52 @@ def test_beyond_loopback_wants_tls_and_a_client_that_says_who_it_is(
 )
 def test_what_is_safe_or_said_to_be_is_accepted(content: dict[str, Any]) -> None:
     assert from_mapping(content, "agent.yaml").http.host == content["http"]["host"]
+
+
+# -- changing the doors under load -------------------------------------------------------------------------
+
+
+def test_no_connection_is_refused_while_the_doors_change(agent: Agent, authority: Authority) -> None:
+    tls = _tls(authority.issue("device"))
+    server = agent.listen(tls=tls)
+    over, failures, answered = threading.Event(), [], 0
+
+    def hammer() -> None:
+        nonlocal answered
+        while not over.is_set():
+            try:
+                assert _status(server.port, _trusting(authority)) == 200
+                answered += 1
+            except OSError as error:
+                failures.append(error)
+
+    thread = threading.Thread(target=hammer)
+    thread.start()
+    for number in range(20):
+        agent.call(server.reconfigure(HttpConfig(port=0, tls=tls, max_connections=100 + number)))
+    eventually(lambda: answered > 20, "answers all along", TIMEOUT)
+    over.set()
+    thread.join()
+    assert failures == []
+
+
+def test_a_handshake_that_does_not_go_on_is_cut(agent: Agent, authority: Authority) -> None:
+    server = agent.listen(tls=_tls(authority.issue("device")), header_timeout_seconds=0.2)
+    with (
+        socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT) as raw,
+        contextlib.suppress(ConnectionResetError),
+    ):
+        assert raw.recv(100) == b""
+
+
+def test_a_failed_reconfiguration_changes_nothing(agent: Agent, authority: Authority, tmp_path: Path) -> None:
+    server = agent.listen(tls=_tls(authority.issue("device")))
+    before = (server.config, server.doors, server.url)
+    for wrong in (
+        HttpConfig(port=0, tokens_file=str(tmp_path / "absent")),
+        HttpConfig(port=0, host="192.0.2.1"),
+    ):
+        with pytest.raises(ConfigError):
+            agent.call(server.reconfigure(wrong))
+        assert (server.config, server.doors, server.url) == before
+        assert _status(server.port, _trusting(authority)) == 200
