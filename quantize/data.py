@@ -120,7 +120,9 @@ def load_rows(path: Path, inputs: Sequence[Input]) -> Rows:
         count = next(iter(lengths.values()))
         if count < MIN_ROWS:
             raise BadData(f"data {path}: {count} rows, expected at least {MIN_ROWS}")
-        drawn = _draw(count, sum(array.bytes for array in chosen.values()))
+        kept = {entry.name: entry.dtype.itemsize for entry in inputs}
+        size = sum(array.bytes // array.dtype.itemsize * kept[name] for name, array in chosen.items())
+        drawn = _draw(count, size)
         values = {entry.name: _collect(path, chosen[entry.name], entry, drawn) for entry in inputs}
         labels = _labels(path, arrays.get("y"), count, drawn)
         features, units, named = None, None, False

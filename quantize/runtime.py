@@ -5,6 +5,7 @@ One thread and a fixed graph give the same bits on the same machine, which the r
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,6 +67,7 @@ def open_session(
 
     Raises:
         BadModel: onnxruntime refuses it; says why in its words.
+        OSError: ``optimized`` cannot be written.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -81,6 +83,9 @@ def open_session(
     try:
         session: Session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated types
+        if optimized is not None and "serialization failed" in str(error):
+            # It could not write the file, and does not say why: what Python's own write would have said.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(optimized)) from error
         raise BadModel(f"onnxruntime cannot load the model: {one_line(error)}") from error
     return session
 
