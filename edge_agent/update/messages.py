@@ -14,7 +14,7 @@ from edge_agent.config import EngineConfig
 from edge_agent.contract import wire
 from edge_agent.contract.assignments import Release, Share
 from edge_agent.errors import EdgeError, StoreError, UpdateRejected
-from edge_agent.update.source import SourceFailed
+from edge_agent.update.source import DIRECT, Access, SourceFailed
 
 AGENT_PID: Final = "EDGE_AGENT_PID"  # in the worker's environment: the process it must not outlive
 MAX_LINE: Final = 1 << 20  # bytes
@@ -32,6 +32,8 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     scratch: str  # this run's own folder
     timeout: float  # seconds without a byte
     engine: EngineConfig
+    access: Access = DIRECT
+    blobs: str = ""  # the store's members by digest: what a difference is applied to
 
 
 class Check(msgspec.Struct, frozen=True, tag=True):

@@ -5,13 +5,16 @@ Invariants:
 - only ``SourceFailed`` is raised, whatever the network, the disk or the server does;
 - every read has a limit in bytes, every wait one in seconds.
 
-Two of them: static files over HTTP(S), and a folder (a mounted ConfigMap, a USB stick, a checkout).
+Three of them: static files over HTTP(S), a folder (a mounted ConfigMap, a USB stick, a checkout), and a
+branch of a git repository (``git.py``). Members may come from a second one, ``updates.blobs``: a git
+repository keeps what is signed, and is no place for large files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Protocol
 from urllib.parse import unquote, urlsplit
+
+import msgspec
 
 from edge_agent import __version__
 from edge_agent.contract.digest import Digest
@@ -83,20 +88,66 @@ class Source(Protocol):
         ...
 
 
-def open_source(text: str, timeout: float) -> Source:
-    """The source that ``updates.source`` names.
+class Access(msgspec.Struct, frozen=True):
+    """The way to a source, as configured; empty where the environment and the system decide."""
+
+    blobs: str = ""  # another source for members
+    proxy: str = ""
+    ca_file: str = ""
+    client_certificate: str = ""
+    client_key: str = ""
+    cache: str = ""  # a folder that a source may fill, and that survives
+
+
+DIRECT: Final = Access()
+
+
+def open_source(text: str, timeout: float, access: Access = DIRECT) -> Source:
+    """The source that ``updates.source`` names, its members from ``updates.blobs`` where that is set.
 
     Raises:
-        ConfigError: neither an http(s) URL, nor a file: URL, nor a path.
+        ConfigError: neither an http(s), file: or git+ URL nor a path; or a certificate is not there.
     """
+    source = _open_one(text, timeout, access)
+    return WithBlobs(source, _open_one(access.blobs, timeout, access)) if access.blobs else source
+
+
+def _open_one(text: str, timeout: float, access: Access) -> Source:
     parts = urlsplit(text)
+    if parts.scheme.startswith("git+"):
+        from edge_agent.update.git import GitSource
+
+        return GitSource(text, timeout, access)
     if parts.scheme in ("http", "https"):
-        return HttpSource(text, timeout)
+        return HttpSource(text, timeout, access)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return FolderSource(Path(unquote(parts.path)))
     if parts.scheme == "":
         return FolderSource(Path(text))
-    raise ConfigError(f"updates.source {text!r}: expected an http(s) URL, a file: URL or a path")
+    raise ConfigError(
+        f"updates.source {text!r}: expected an http(s) URL, a file: URL, a git+https:// or "
+        "git+file:// URL, or a path"
+    )
+
+
+class WithBlobs:
+    """One source for what is signed, another for members."""
+
+    def __init__(self, signed: Source, blobs: Source) -> None:
+        self._signed = signed
+        self._blobs = blobs
+
+    def look(self, seen: Seen | None) -> Seen:
+        """Look at what is signed."""
+        return self._signed.look(seen)
+
+    def read(self, path: str, limit: int) -> bytes:
+        """Read what is signed."""
+        return self._signed.read(path, limit)
+
+    def stream(self, path: str, offset: int) -> contextlib.AbstractContextManager[Stream]:
+        """Read a member."""
+        return self._blobs.stream(path, offset)
 
 
 class FolderSource:
@@ -148,18 +199,20 @@ class FolderSource:
 
 
 class HttpSource:
-    """A repository on a static web server. Proxies come from the environment, as for every program."""
+    """A repository on a static web server. Without ``updates.proxy`` the environment names the proxy."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, access: Access = DIRECT) -> None:
+        """Raises ``ConfigError`` where a certificate cannot be read."""
+        proxies = {"http": access.proxy, "https": access.proxy} if access.proxy else None
         self._base = url.rstrip("/") + "/"
         self._timeout = timeout
         # Only what is needed: no file:, no ftp:, no cookies, no authentication from .netrc.
         opener = urllib.request.OpenerDirector()
         for part in (
-            urllib.request.ProxyHandler(),
+            urllib.request.ProxyHandler(proxies),
             urllib.request.UnknownHandler(),
             urllib.request.HTTPHandler(),
-            urllib.request.HTTPSHandler(),
+            urllib.request.HTTPSHandler(context=_tls(access) if url.startswith("https:") else None),
             urllib.request.HTTPDefaultErrorHandler(),
             urllib.request.HTTPRedirectHandler(),
             urllib.request.HTTPErrorProcessor(),
@@ -238,6 +291,27 @@ class HttpSource:
         except (OSError, http.client.HTTPException, ValueError) as error:
             cause = getattr(error, "reason", None) or error
             raise SourceFailed(f"{self._base}{path}: {cause or type(error).__name__}") from error
+
+
+def _tls(access: Access) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=access.ca_file or None)
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        raise ConfigError(f"updates.ca_file {access.ca_file}: {_why(error)}; give a PEM file") from error
+    if access.client_certificate:
+        try:
+            # The password is given so that an encrypted key fails instead of asking a person.
+            context.load_cert_chain(access.client_certificate, access.client_key or None, password="")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"updates.client_certificate {access.client_certificate}: {_why(error)}; give a PEM "
+                "file, with its key not encrypted, there or in updates.client_key"
+            ) from error
+    return context
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
 
 
 class _NotModified(Exception):

@@ -67,13 +67,14 @@ from edge_agent.update.policy import (
     judge_shadow,
 )
 from edge_agent.update.serving import ServedRows, Serving, ServingStatus
-from edge_agent.update.source import Seen, Source, open_source
+from edge_agent.update.source import Access, Seen, Source, open_source
 
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS: Final = 1.0  # between two looks at a release on probation
 _LONGEST_BACKOFF: Final = 900.0  # seconds between two tries of something that keeps failing
 _GRACE_SECONDS: Final = 5.0
+_GIT_COPY: Final = "git"  # folder of the store: the shallow copy of a git source
 _RELOAD_SECONDS: Final = 60.0  # between two tries to load again what is intact and does not run
 _SPARE_BYTES: Final = 16 << 20  # left free on the disk beside what an update needs: records, metrics queue
 
@@ -213,7 +214,9 @@ class Updater:
             return False
         try:
             if self._source is None:
-                self._source = open_source(self._config.source, self._config.timeout_seconds)
+                self._source = await asyncio.to_thread(
+                    open_source, self._config.source, self._config.timeout_seconds, self._access()
+                )
             seen = await asyncio.to_thread(self._source.look, self._known.seen)
         except EdgeError as error:
             self._no_repository(Result.FAILED_NO_STATE_CHANGE, getattr(error, "reason", "config"), str(error))
@@ -869,6 +872,7 @@ class Updater:
             device=self._device, source=self._config.source, root=self._config.root,
             models=self._config.models, tuf=str(layout.tuf), partial=str(layout.partial),
             scratch=str(scratch), timeout=self._config.timeout_seconds, engine=self._engine,
+            access=self._access(), blobs=str(layout.blobs),
         )  # fmt: skip
         worker = (
             this_process(setup, self._store.disk)
@@ -882,6 +886,13 @@ class Updater:
                 yield hands
             finally:
                 self._hands = None
+
+    def _access(self) -> Access:
+        config = self._config
+        return Access(
+            config.blobs, config.proxy, config.ca_file, config.client_certificate, config.client_key,
+            cache=str(self._store.layout.root / _GIT_COPY),
+        )  # fmt: skip
 
     def _interrupt(self) -> None:
         """An operator's command does not wait for a download."""

@@ -105,7 +105,7 @@ class Worker:
                 f"updates.root {setup.root!r} cannot be read: {error.strerror}; copy 1.root.json there",
                 reason="bad_root",
             ) from error
-        source = open_source(setup.source, setup.timeout)
+        source = open_source(setup.source, setup.timeout, setup.access)
         repository = TrustedRepository(
             source,
             root,
@@ -142,7 +142,7 @@ class Worker:
                 last = time.monotonic()
                 tell(Progress(moved))
 
-        source = open_source(self._setup.source, self._setup.timeout)
+        source = open_source(self._setup.source, self._setup.timeout, self._setup.access)
         partial = Path(self._setup.partial)
         manifest = open_bundle(folder).manifest
         return Done(bytes=fetch_members(source, manifest, command.names, folder, partial, progress))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import random
+import ssl
 import threading
 from dataclasses import dataclass, field
 from functools import partial
@@ -258,7 +259,7 @@ class Device:
 class StaticServer:
     """A web server for a folder, with ETags, counting what was asked."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tls: ssl.SSLContext | None = None) -> None:
         self.requests: list[tuple[str, str, int]] = []
         self.cut_after: int | None = None  # bytes of a blob, then the connection ends
         self.hang_on: str | None = None  # requests with this in their path get no answer
@@ -266,7 +267,9 @@ class StaticServer:
         self._server = ThreadingHTTPServer(
             ("127.0.0.1", 0), partial(_Handler, directory=str(folder), owner=self)
         )
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
 
