@@ -114,11 +114,21 @@ def check_files(config: Config) -> None:
     Raises:
         ConfigError: names the key, the file and why.
     """
-    named = {"mqtt.password_file": config.mqtt.password_file if config.mqtt else None}
+    named: dict[str, str | None] = {}
+    if config.mqtt is not None:
+        named["mqtt.password_file"] = config.mqtt.password_file
+        if (tls := config.mqtt.tls) is not None:
+            named |= {"mqtt.tls.ca": tls.ca, "mqtt.tls.certificate": tls.certificate, "mqtt.tls.key": tls.key}
     if config.updates.source:
-        named["updates.root"] = config.updates.root
+        updates = config.updates
+        named |= {
+            "updates.root": updates.root,
+            "updates.ca_file": updates.ca_file,
+            "updates.client_certificate": updates.client_certificate,
+            "updates.client_key": updates.client_key,
+        }
     for key, path in named.items():
-        if path is None:
+        if not path:
             continue
         try:
             Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""edge-agent: run | status | verify | install | rollback | bench | token.
+"""edge-agent: run | status | verify | install | rollback | load | unload | bench | token.
 
 Exit codes: 0 done, 1 an expected failure (one line on stderr), 2 usage, 3 a fault of ours (a traceback), 130
 interrupted. With ``--json`` the result is one JSON object on stdout.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import http.client
 import json
 import logging
@@ -19,6 +20,7 @@ import socket
 import sys
 import tempfile
 import traceback
+import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -113,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     install.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle folder or .tar")
     back = with_store(verb("rollback", _rollback, "go back to the previous release, at once and offline"))
     back.add_argument("model", nargs="?", metavar="MODEL", help="needed where there are several")
+    for name, text in (
+        ("load", "load a model of the store again, in the running agent"),
+        ("unload", "free a model's memory in the running agent; its rules answer until it is loaded again"),
+    ):
+        change = with_store(verb(name, functools.partial(_change, name), text))
+        change.add_argument("model", metavar="MODEL")
     bench = verb("bench", _bench, "measure bundles on this device: latency, throughput, memory")
     bench.add_argument(
         "bundles", nargs="+", type=Path, metavar="BUNDLE", help="folders or .tar files; several are compared"
@@ -328,6 +336,20 @@ def _rollback(arguments: argparse.Namespace) -> int:
         return await updater.roll_back(arguments.model)
 
     return _command(arguments, "/admin/rollback", {"model": arguments.model}, alone)
+
+
+def _change(what: str, arguments: argparse.Namespace) -> int:
+    """Load or unload: only a running agent has anything in memory."""
+    config = _config(arguments)
+    model = urllib.parse.quote(arguments.model, safe="")
+    if _ask(config, "POST", f"/v2/repository/models/{model}/{what}", {}) is None:
+        raise StoreError(f"{config.store}: no agent runs on it; start it first", reason="no_agent")
+    result = {"model": arguments.model, "result": f"{what}ed"}
+    if arguments.json:
+        _print_json(result)
+    else:
+        print(f"model {arguments.model} is {what}ed")
+    return 0
 
 
 def _command(

@@ -275,3 +275,15 @@ def test_a_local_install_leaves_probation_without_a_repository(agent, bundle):
         return json.loads(agent.get("/status")[1])["updates"]["models"]["demo"]["state"]
 
     eventually(lambda: state() == "committed", "the release to be committed", 30)
+
+
+def test_a_model_is_unloaded_and_loaded_in_the_running_agent(agent, bundle):
+    assert run_cli("edge-agent", "install", bundle.path, "--config", agent.config).returncode == 0
+    one_line(run_cli("edge-agent", "unload", "demo", "--config", agent.config), "no agent runs")
+    agent.start()
+    assert run_cli("edge-agent", "unload", "demo", "--config", agent.config).returncode == 0
+    assert agent.predict([1, 1, 1, 1])["reason"] == "unloaded"
+    done = run_cli("edge-agent", "load", "demo", "--config", agent.config, "--json")
+    assert json.loads(done.stdout) == {"model": "demo", "result": "loaded"}
+    assert agent.predict([1, 1, 1, 1])["source"] == "model"
+    one_line(run_cli("edge-agent", "load", "absent/../x", "--config", agent.config), "absent/../x", "demo")
