@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-kill check bench format clean help
+.PHONY: demo test test-crash test-kill check bench format clean help
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -44,3 +44,7 @@ clean:
 ## make test-kill   kill -9 of an agent at 200 random moments of updates under load (about 15 minutes)
 test-kill: $(STAMP)
 	EDGE_KILLS=200 $(BIN)/python -m pytest -q -s tests/system/test_kill.py
+
+## make test-crash   power cuts, kills and refusing disks at every file-system call of whole updates (about half an hour)
+test-crash: $(STAMP)
+	EDGE_CRASH=all $(BIN)/python -m pytest -q -s tests/update/test_crash_points.py

@@ -401,7 +401,7 @@ class Store:
         with explained("read", self.layout.root):
             staged = [path for path in self.layout.staging.iterdir() if path != self.layout.partial]
             folders = [
-                self.layout.blobs, self.layout.tuf,
+                self.layout.blobs, self.layout.tuf, *self.layout.tuf.iterdir(),
                 *self.layout.models.iterdir(), *self.layout.releases.iterdir(),
             ]  # fmt: skip
         for path in staged:
