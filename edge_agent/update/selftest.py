@@ -23,6 +23,7 @@ from edge_agent.errors import EngineError, InvalidInput
 from edge_agent.serving.engine import Engine
 from edge_agent.serving.tensors import to_numpy
 from edge_agent.update.messages import SelfTest
+from edge_agent.update.model_file import check_model
 
 _TIMED_RUNS: Final = 50  # at least; a median of fewer says little
 _ATTEMPTS: Final = 3  # a busy moment is not a slow model
@@ -35,6 +36,7 @@ def run_self_test(bundle: Bundle, config: EngineConfig) -> SelfTest:
 
     Raises:
         BadBundle, BadMember: the golden member is altered or cannot be read.
+        UpdateRejected: the model reaches out of its bundle.
         EngineError: onnxruntime refuses the model, or raised while running it.
     """
     if goldens.FILE_NAME not in bundle.manifest.members:
@@ -52,6 +54,7 @@ def run_self_test(bundle: Bundle, config: EngineConfig) -> SelfTest:
     vectors = min((len(array) for array in (*inputs.values(), *expected.values())), default=0)
     if not vectors or not expected:
         return SelfTest(passed=False, reason="no_golden", message=f"{goldens.FILE_NAME} holds no vector")
+    check_model(bundle.member(MODEL), bundle.manifest.members)
     engine = Engine.load(bundle.member(MODEL), config)
 
     worst, complaint = 0.0, ""
