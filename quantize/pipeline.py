@@ -24,14 +24,16 @@ from quantize import bundle as bundling
 from quantize import decide, fallback, report, runtime
 from quantize.config import QuantizeConfig
 from quantize.cost import TARGETS, sizes_of
+from quantize.errors import BadModel
 from quantize.fallback import Fallback
 from quantize.int8 import Int8Model
 from quantize.load import FloatModel, load_data, load_model
 from quantize.prepare import PreparedModel, prepare
-from quantize.prune import check_target_size, prune, unpruned
+from quantize.prune import Pruned, check_target_size, prune, unpruned
 from quantize.search import observe, search
 from quantize.staging import staging
 from quantize.validate import Judge, Parts, Verdict, check_metric, settle, split, validate
+from quantize.verify import verify_bundle
 
 # The oldest agent that reads this bundle format.
 _AGENT: Final = Version("0.1.0")
@@ -105,11 +107,16 @@ def build(config: QuantizeConfig, log: StepLog) -> BuiltBundle:
             check_target_size(config.shrink, int8.size, pruned)
             verdict = validate(model, int8, judge, parts, stage)
         with log.step("bundle"):
-            members = _members(config, source, model, int8, verdict, judge, parts)
+            members = _members(config, source, model, pruned, int8, verdict, judge, parts)
             written = bundling.write(stage, members.manifest, members.files)
+        with log.step("verify"):
+            verification = verify_bundle(stage / "bundle", emulate=config.emulate)
+            if verification.complaint:
+                raise BadModel(f"the written bundle does not hold: {verification.complaint}")
         with log.step("report"):
-            facts = report.timed(members.facts, written, verdict, log.durations)
+            facts = report.timed(members.facts, written, verdict, log.durations, verification)
             (stage / "report.json").write_bytes(wire.to_json(facts))
+            (stage / "report.html").write_text(report.html(facts), encoding="utf-8")
             table = report.table(config, source, int8, verdict, members.fallback, written)
             folder, tar, beside = bundling.publish(stage, config.out, label, overwrite=config.overwrite)
     return BuiltBundle(
@@ -129,6 +136,7 @@ def _members(
     config: QuantizeConfig,
     source: FloatModel,
     model: PreparedModel,
+    pruned: Pruned,
     int8: Int8Model,
     verdict: Verdict,
     judge: Judge,
@@ -155,7 +163,7 @@ def _members(
         files[baseline.FILE_NAME] = baseline.encode(baseline_of(rows, features, scores))
     vectors = bundling.golden_of(model, int8, parts.calibration, config.prepare.impute)
     files[golden.FILE_NAME] = golden.encode(vectors.golden)
-    facts = report.member(config, source, model, int8, parts, verdict, spread, rules, vectors)
+    facts = report.member(config, source, model, int8, parts, verdict, spread, rules, vectors, pruned)
     files[bundles.REPORT] = wire.to_json(facts)
 
     decision = None

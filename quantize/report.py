@@ -2,32 +2,45 @@
 
 Two forms of the same facts: ``report.json`` in the bundle, which holds nothing that differs between two runs
 of the same command, and ``N-V.report.json`` beside it, which adds digest, latencies, durations and machine.
-The table is for the terminal.
+``N-V.report.html`` shows the latter (``page.py``). The table is for the terminal, and so is the comparison of
+two bundles.
 """
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnx
 
 from edge_agent import __version__
+from edge_agent.contract import bundle as bundles
+from edge_agent.contract import wire
 from edge_agent.contract.bundle import Bundle
-from quantize import runtime
+from quantize import page, runtime, target, verify
 from quantize.bundle import Vectors
-from quantize.config import QuantizeConfig
+from quantize.config import QuantizeConfig, Target
+from quantize.errors import QuantizeError
 from quantize.fallback import Fallback
 from quantize.int8 import Int8Model
 from quantize.load import FloatModel
 from quantize.prepare import PreparedModel
+from quantize.prune import Pruned
+from quantize.target import ArmGraph
 from quantize.validate import Parts, Verdict
+from quantize.verify import Verification
 
 FORMAT: Final = 1
 _MANY_ALARMS: Final = 0.2  # of good rows: ten times what a quantile threshold lets fail
 _POOR_AUC: Final = 0.6
+_BINS: Final = 40
+_MOST_SHOWN: Final = 0.98  # of the scores fit the histogram, or more
+_TIMES_THRESHOLD: Final = 1.5
 
 
 def tools() -> dict[str, str]:
@@ -50,8 +63,12 @@ def member(
     spread: float | None,
     fallback: Fallback | None,
     vectors: Vectors,
+    pruned: Pruned | None = None,
 ) -> dict[str, Any]:
     """``report.json``: every figure but times."""
+    inputs = model.trim(parts.judgement).inputs
+    feeds = next(runtime.batches(inputs, model.fixed_batch or 1))
+    arm = target.arm_graph(int8.path, feeds, int8.path.with_suffix(".arm"))
     return {
         "format": FORMAT,
         "warnings": warnings_of(verdict),
@@ -81,10 +98,16 @@ def member(
             "bytes": int8.size,
             "layers": len(int8.plan.layers),
             "candidates": int8.candidates,
+            "predicted_seconds": int8.predicted_seconds,
+            "predicted_seconds_fp32": int8.predicted_seconds_fp32,
+            "layer_facts": _layer_facts(int8, inputs),
             "kernels_on_arm64": verdict.kernels,
             "dense_or_conv_left_float": verdict.left_float,
         },
+        "arm": _arm(config.target, arm),
+        "pruning": None if pruned is None or not pruned.curve else _pruning(pruned),
         "comparison": verdict.comparison,
+        "scores": _scores(model, int8, parts, verdict),
         "decision": None
         if verdict.threshold is None
         else {
@@ -118,6 +141,90 @@ def member(
     }
 
 
+def _layer_facts(int8: Int8Model, inputs: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """What became of each layer, and how far its output is off in the written file."""
+    errors: dict[str, float] = {}
+    if int8.precision == "int8":
+        errors = verify.layer_errors(int8.graph, onnx.load(int8.path), inputs)
+    outputs = {layer.name: int8.graph.graph.node[layer.node].output[0] for layer in int8.plan.layers}
+    return [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "mode": layer.mode.value,
+            "parameters": layer.parameters,
+            "alone_sqnr": None if layer.alone_sqnr is None else round(layer.alone_sqnr, 2),
+            "sqnr": errors.get(outputs.get(layer.name, "")),
+            "why": layer.why,
+        }
+        for layer in int8.layers
+    ]
+
+
+def _arm(wanted: Target, arm: ArmGraph) -> dict[str, Any]:
+    processor = target.PROCESSORS[wanted]
+    return {
+        "target": wanted.value,
+        "board": processor.board,
+        "mlas": processor.kernels,
+        "int8_kernels": arm.int8_kernels,
+        "exact_on_every_cpu": arm.pure,
+        "bound": target.bound(arm.layers, wanted),
+        "layers": arm.layers,
+        "left_over": arm.left_over,
+        "unexplained": arm.unexplained,
+    }
+
+
+def _pruning(pruned: Pruned) -> dict[str, Any]:
+    return {
+        "widths": [
+            {"layer": name, "before": before, "after": after} for name, before, after in pruned.widths
+        ],
+        "curve": [
+            {
+                "share": round(point.share, 4),
+                "bytes": point.bytes,
+                "sqnr": point.comparison.sqnr,
+                "agreement": point.comparison.agreement,
+                "auc": point.comparison.auc,
+                "chosen": point is pruned.chosen,
+            }
+            for point in pruned.curve
+        ],
+    }
+
+
+def _scores(model: PreparedModel, int8: Int8Model, parts: Parts, verdict: Verdict) -> dict[str, Any] | None:
+    """Histogram of the held-out scores of the written file; the last bin holds what is beyond."""
+    if model.score is None or verdict.threshold is None:
+        return None
+    rows = model.trim(parts.judgement)
+    found = runtime.run_all(runtime.open_session(int8.path), rows.inputs, model.batch)[model.score]
+    finite = found[np.isfinite(found)].astype(np.float64)
+    if not finite.size:
+        return None
+    low, high = float(finite.min()), float(finite.max())
+    most = max(float(np.quantile(finite, _MOST_SHOWN)), _TIMES_THRESHOLD * verdict.threshold)
+    cut = min(high, most) if verdict.threshold > 0 else high
+    edges = np.linspace(low, cut if cut > low else low + 1.0, _BINS + 1)
+
+    def count(values: np.ndarray) -> list[int]:
+        counted, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+        return [int(number) for number in counted]
+
+    labels = rows.labels
+    usable = np.isfinite(found)
+    good = usable if labels is None else usable & ~labels
+    return {
+        "edges": [float(f"{edge:.6g}") for edge in edges],
+        "good": count(found[good]),
+        "bad": None if labels is None else count(found[usable & labels]),
+        "beyond": int((finite > edges[-1]).sum()),
+        "threshold": verdict.threshold,
+    }
+
+
 def warnings_of(verdict: Verdict) -> list[str]:
     """What somebody should look at before publishing."""
     found = verdict.comparison
@@ -135,7 +242,11 @@ def warnings_of(verdict: Verdict) -> list[str]:
 
 
 def timed(
-    facts: Mapping[str, Any], bundle: Bundle, verdict: Verdict, durations: Mapping[str, float]
+    facts: Mapping[str, Any],
+    bundle: Bundle,
+    verdict: Verdict,
+    durations: Mapping[str, float],
+    verification: Verification | None = None,
 ) -> dict[str, Any]:
     """The report beside the bundle: ``facts`` and everything that differs from run to run."""
     latency = verdict.latency
@@ -151,6 +262,7 @@ def timed(
             "python": platform.python_version(),
         },
         "durations_seconds": dict(durations),
+        "verification": None if verification is None else verification.facts,
     }
 
 
@@ -204,6 +316,128 @@ def table(
     )
     text.append(f"{bundle.manifest.name} {bundle.manifest.version}  {bundle.digest}")
     return "\n".join(text) + "\n"
+
+
+def html(facts: Mapping[str, Any]) -> str:
+    """``report.html`` of the facts beside a bundle."""
+    plain: Mapping[str, Any] = json.loads(wire.to_json(facts))
+    return page.render(plain)
+
+
+# -- two bundles ------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The report of a bundle folder, its ``.tar``, or a ``.report.json``.
+
+    The one beside the bundle is taken where it is, because it has the times.
+
+    Raises:
+        QuantizeError: there is none, or it is not ours.
+    """
+    name = path.name.removesuffix(".tar")
+    beside = path.with_name(f"{name}.report.json")
+    try:
+        if path.suffix == ".json":
+            data = path.read_bytes()
+        elif beside.exists():
+            data = beside.read_bytes()
+        elif path.is_dir():
+            data = (path / bundles.REPORT).read_bytes()
+        else:
+            with tarfile.open(path) as tar:
+                member = tar.extractfile(bundles.REPORT)
+                data = b"" if member is None else member.read()
+        facts: dict[str, Any] = json.loads(data)
+        if facts["format"] != FORMAT:
+            raise QuantizeError(f"{path}: report of format {facts['format']}, this program reads {FORMAT}")
+    except (OSError, KeyError, TypeError, ValueError, tarfile.TarError) as error:
+        raise QuantizeError(f"{path}: no report of quantize-model: {runtime.one_line(error)}") from error
+    return facts
+
+
+def compare_facts(first: Path, second: Path) -> dict[str, Any]:
+    """What differs between two bundles: ``{"a", "b", "rows": [{"what", "a", "b"}]}``.
+
+    Raises:
+        QuantizeError: one of them has no report.
+    """
+    a, b = read(first), read(second)
+    rows = []
+    for what, path in _COMPARED:
+        values = [_at(facts, path) for facts in (a, b)]
+        if any(value is not None for value in values):
+            rows.append({"what": what, "a": values[0], "b": values[1]})
+    before, after = (_layers_of(facts) for facts in (a, b))
+    rows += [
+        {"what": f"layer {name}", "a": before.get(name), "b": after.get(name)}
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    ]
+    return {"a": str(first), "b": str(second), "rows": rows}
+
+
+_COMPARED: Final = (
+    ("model", ("model", "name")),
+    ("version", ("model", "version")),
+    ("bundle", ("bundle", "digest")),
+    ("source", ("source", "digest")),
+    ("calibration data", ("data", "calibration_digest")),
+    ("chosen", ("int8", "chosen")),
+    ("bytes of model.onnx", ("int8", "bytes")),
+    ("seconds a row here", ("latency", "chosen_seconds")),
+    ("seconds a row, cost model", ("int8", "predicted_seconds")),
+    ("SQNR, dB", ("comparison", "sqnr")),
+    ("same decision as FP32", ("comparison", "agreement")),
+    ("ROC-AUC", ("comparison", "auc")),
+    ("bad rows caught", ("comparison", "caught")),
+    ("false alarms", ("comparison", "false_alarms")),
+    ("threshold", ("decision", "threshold")),
+    ("rules agree", ("fallback", "agreement_with_model")),
+    ("int8 kernels on ARM64", ("arm", "int8_kernels")),
+    ("layers in float on ARM64", ("int8", "dense_or_conv_left_float")),
+    ("bytes touched a row", ("arm", "bound", "bytes")),
+    ("golden vectors", ("golden", "agreement")),
+)
+
+
+def compare_bundles(first: Path, second: Path) -> str:
+    """A table of what differs between two bundles; what is the same is marked ``=``.
+
+    Raises:
+        QuantizeError: one of them has no report.
+    """
+    rows = [("", str(first), str(second), "")]
+    for row in compare_facts(first, second)["rows"]:
+        a, b = row["a"], row["b"]
+        change = "=" if a == b else ""
+        if a != b and isinstance(a, int | float) and isinstance(b, int | float) and a:
+            change = f"{b - a:+.4g} ({(b - a) / abs(a):+.1%})"
+        rows.append((row["what"], _shown(a), _shown(b), change))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _at(facts: Mapping[str, Any], path: Sequence[str]) -> Any:
+    found: Any = facts
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+def _layers_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    layers = facts.get("int8", {}).get("layer_facts") or ()
+    return {layer["name"]: f"{layer['mode']}, {layer['parameters']} weights" for layer in layers}
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    text = str(value)
+    return text[7:19] if text.startswith("sha256:") else text
 
 
 def _shares(name: str, before: float | None, after: float | None) -> tuple[str, str, str, str]:

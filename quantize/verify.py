@@ -29,6 +29,7 @@ from quantize.target import ArmGraph
 _SCRIPT: Final = Path(__file__).with_name("run_golden.py")
 _SECONDS: Final = 300.0  # an emulated CPU is a hundred times slower
 _LAYER_ROWS: Final = 64
+_FUSED: Final = "fused graph"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,12 @@ class Verification:
     def failed(self) -> bool:
         """Whether any check failed."""
         return any(check.passed is False for check in self.checks)
+
+    @property
+    def complaint(self) -> str | None:
+        """The first failed check that makes the bundle worthless; a poor fusion makes it slower only."""
+        failed = (check for check in self.checks if check.passed is False and check.name != _FUSED)
+        return next((f"{check.name}: {check.detail}" for check in failed), None)
 
     @property
     def text(self) -> str:
@@ -86,7 +93,7 @@ def verify_bundle(path: Path, *, emulate: Path | None = None) -> Verification:
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "vectors.npz"
         _write(inputs, wanted)
-        checks.append(_golden([sys.executable, "-I"], model, inputs, "fresh process"))
+        checks.append(_golden([sys.executable, "-P"], model, inputs, "fresh process"))
         try:
             feeds = {entry.name: _numpy(entry) for entry in wanted.inputs}
             if all(spec.shape[0] < 0 for spec in bundle.manifest.inputs):
@@ -94,9 +101,9 @@ def verify_bundle(path: Path, *, emulate: Path | None = None) -> Verification:
             arm = target.arm_graph(model, feeds, Path(scratch) / "arm.onnx")
             checks.append(_census(arm))
         except BadModel as error:
-            checks.append(Check("fused graph", False, str(error)))
+            checks.append(Check(_FUSED, False, str(error)))
         if emulate is not None:
-            checks.append(_golden([str(emulate)], model, inputs, "emulated ARM64"))
+            checks.append(_golden([str(emulate), "-P"], model, inputs, "emulated ARM64"))
     return Verification(digest=str(bundle.digest), checks=tuple(checks), arm=arm)
 
 
@@ -110,12 +117,12 @@ def _checker(model: Path) -> Check:
 
 def _census(arm: ArmGraph) -> Check:
     if arm.kernels.get("ConvInteger"):
-        return Check("fused graph", False, "ConvInteger: slower than float everywhere")
+        return Check(_FUSED, False, "ConvInteger: slower than float everywhere")
     bad = [found for found in arm.left_over if not found.explained]
     if bad:
-        return Check("fused graph", False, f"{len(bad)} Q/DQ without a reason, first at {bad[0].tensor!r}")
+        return Check(_FUSED, False, f"{len(bad)} Q/DQ without a reason, first at {bad[0].tensor!r}")
     return Check(
-        "fused graph",
+        _FUSED,
         True,
         f"{arm.int8_kernels} int8 kernels, {len(arm.float_layers)} layers in float, "
         f"{len(arm.left_over)} Q/DQ, all explained",

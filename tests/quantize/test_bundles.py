@@ -131,7 +131,7 @@ def test_timings_are_beside_the_bundle_and_not_in_it(autoencoder, calibration, t
     inside = json.loads((tmp_path / "out" / "unit-1.2.3" / "report.json").read_bytes())
     assert printed == beside
     assert beside["latency"]["fp32_seconds"] > 0
-    assert set(beside) - set(inside) == {"bundle", "latency", "durations_seconds"}
+    assert set(beside) - set(inside) == {"bundle", "latency", "durations_seconds", "verification"}
 
 
 def test_a_version_that_exists_is_only_replaced_by_itself(autoencoder, calibration, tmp_path, capsys):
@@ -146,6 +146,7 @@ def test_a_version_that_exists_is_only_replaced_by_itself(autoencoder, calibrati
     assert bundle.open_bundle(out / "unit-1.2.3").manifest.decision.threshold == 3
     assert sorted(path.name for path in out.iterdir()) == [
         "unit-1.2.3",
+        "unit-1.2.3.report.html",
         "unit-1.2.3.report.json",
         "unit-1.2.3.tar",
     ]

@@ -46,7 +46,7 @@ def test_what_a_killed_run_left_is_swept_by_the_next(autoencoder, calibration, m
     assert sum(path.name.endswith(".staging") for path in out.iterdir()) == 1
     assert quantize(autoencoder, calibration, out) == 0
     assert sorted(path.name for path in out.iterdir()) == [
-        "mine.txt", "unit-1.2.3", "unit-1.2.3.report.json", "unit-1.2.3.tar",
+        "mine.txt", "unit-1.2.3", "unit-1.2.3.report.html", "unit-1.2.3.report.json", "unit-1.2.3.tar",
     ]  # fmt: skip
 
 
