@@ -582,6 +582,7 @@ class Service:
         manifest, decision = release.manifest, release.manifest.decision
         scores = _scores(manifest, outputs)
         values: list[float] | None = None
+        alone = len(requests) == 1  # before any is given up: the outputs are those of the whole batch
         if scores is not None:
             values = scores.tolist()
             if not math.isfinite(sum(values)) and not np.isfinite(scores).all():
@@ -593,7 +594,6 @@ class Service:
         now = time.monotonic()
         rows = failed_rows = 0
         answers = []
-        alone = len(requests) == 1 and requests[0].begin == 0
         name, version, digest = manifest.name, manifest.version, release.bundle.digest
         for request in requests:
             begin, end = request.begin, request.begin + request.rows

@@ -76,6 +76,8 @@ def test_a_poisoned_request_does_not_spoil_the_answers_beside_it(tmp_path):
         await rig.service.start("demo", tiny_bundle(tmp_path / "b", non_finite_above=100.0))
         good, poisoned = await asyncio.gather(rig.ask(GOOD), rig.ask(BAD))
         assert (good.source, poisoned.source, poisoned.reason) == ("model", "fallback", "non_finite")
+        assert good.outputs["score"].shape == (1,)  # its own row, not those of the whole batch
+        assert (good.failed, len(good.scores)) == ([False], 1)
         assert poisoned.failed == [True]
         assert rig.count("edge_answers_total", source="fallback", reason="non_finite") == 1
 
