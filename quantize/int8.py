@@ -40,6 +40,7 @@ _MOVES_DATA: Final = (
 _JOINS: Final = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
 _FEWEST_SCALES: Final = 1e-12  # a scale below this is a channel of nothing but zeros
 _INT32_ROOM: Final = float(2**30)  # half of int32: the accumulator needs the other half
+_TAKEN_FOR_INT8: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _MICROSOFT: Final = "com.microsoft"
 
 
@@ -175,6 +176,13 @@ class _Wiring:
         if after.op_type == "Relu" or (after.op_type == "Clip" and self._clip(after)[0] == 0.0):
             return str(after.output[0])
         return name
+
+    def clipped(self, name: str) -> str | None:
+        """What a Relu or Clip makes of this tensor, if nothing else reads it: a Q after it may replace it."""
+        following = self.users.get(name, [])
+        if name in self.outputs or len(following) != 1 or following[0].op_type not in ("Relu", "Clip"):
+            return None
+        return str(following[0].output[0])
 
     def _clip(self, node: onnx.NodeProto) -> tuple[float, float]:
         ends = [-np.inf, np.inf]
@@ -368,6 +376,28 @@ class _Writer:
         self._taken = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
         self._taken.update(name for node in graph.node for name in (*node.input, *node.output))
         self.microsoft = bool(self._dynamic)
+        self._guarded = self._between_int8()
+
+    def _between_int8(self) -> set[str]:
+        """The results of float layers that onnxruntime would make INT8 by itself.
+
+        It quantizes the weights of any Conv or Gemm between a DQ and a Q (its WeightBiasQuantization), and a
+        layer that is float for its accuracy would be so in the file only. A Max with the lowest number keeps
+        the two apart.
+        """
+        found = set()
+        for position, node in enumerate(self._graph.node):
+            if (
+                node.op_type in _TAKEN_FOR_INT8
+                and position not in self._static
+                and position not in self._dynamic
+            ):
+                result = node.output[0]
+                while result not in self._sources and self._wiring.clipped(result) is not None:
+                    result = str(self._wiring.clipped(result))
+                if node.input[0] in self._made and result in self._sources:
+                    found.add(result)
+        return found
 
     # Which tensors are INT8: those that INT8 layers read, back to where data was last computed; what
     # convolutions make (they only fuse with a quantized result); and what joins make between those.
@@ -484,6 +514,11 @@ class _Writer:
         """Q and DQ of an activation, right after it is made."""
         if tensor not in dequantized:
             return
+        if tensor in self._guarded:
+            lowest = self._constant(f"{tensor}_lowest", np.float32(np.finfo(np.float32).min))
+            kept = self._unique(f"{tensor}_kept")
+            self._nodes.append(helper.make_node("Max", [given, lowest], [kept], kept))
+            given = kept
         scale, zero_point = self._scales[tensor]
         parameters = [
             self._constant(f"{tensor}_scale", np.float32(scale)),

@@ -42,8 +42,8 @@ _HOMOGENEOUS: Final = (
 _FURTHEST: Final = 32.0  # a channel is scaled by no more, either way
 _WIDEST: Final = 2560  # inputs of a layer whose Gram matrix is made: 52 MB, and seconds to invert
 _GRAM_BYTES: Final = 256e6  # of Gram matrices at a time; more layers take another pass
-_MOST_SAMPLES: Final = 1 << 14  # rows or positions that enter one Gram matrix
-_A_BATCH: Final = 1 << 11  # of them from one batch
+_MOST_SAMPLES: Final = 1 << 13  # rows or positions that enter one Gram matrix
+_A_BATCH: Final = 1 << 10  # of them from one batch
 _DAMPING: Final = 0.01  # of the mean diagonal: what calibration rows do not say about others
 _BLOCK: Final = 128
 _CLIPPED: Final = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the largest weight: the scales that compete
@@ -284,7 +284,8 @@ def _samples(
     windows = windows[strided]
     places = (windows.shape[0], *windows.shape[2 : 2 + rank])  # batch and positions
     picked = np.unravel_index(_evenly(np.arange(int(np.prod(places)))), places)
-    chosen = windows[(picked[0], slice(None), *picked[1:])]  # (samples, channels, kernel...)
+    wanted: tuple[np.ndarray | slice, ...] = (picked[0], slice(None), *picked[1:])
+    chosen = windows[wanted]  # (samples, channels, kernel...)
     groups = int(attributes.get("group", 1))
     each = chosen.reshape(len(chosen), groups, -1)
     return np.ascontiguousarray(each.transpose(1, 0, 2))
