@@ -48,3 +48,7 @@ test-kill: $(STAMP)
 ## make test-crash   power cuts, kills and refusing disks at every file-system call of whole updates (about half an hour)
 test-crash: $(STAMP)
 	EDGE_CRASH=all $(BIN)/python -m pytest -q -s tests/update/test_crash_points.py
+
+## make test-fuzz   a million mutated HTTP messages at one agent (about 10 minutes)
+test-fuzz: $(STAMP)
+	EDGE_FUZZ_MESSAGES=1000000 $(BIN)/python -m pytest -q -s tests/system/test_http_fuzz.py

@@ -25,7 +25,7 @@ from tests.support.agents import BIN, AgentProcess, run_cli
 from tests.support.bundles import tiny_bundle
 from tests.support.services import Mosquitto, eventually, free_port
 
-WORK_SECONDS = float(os.environ.get("EDGE_STRACE_SECONDS", "4"))
+WORK_SECONDS = float(os.environ.get("EDGE_STRACE_SECONDS", "2"))
 SECONDS = 60.0
 CALLS = "connect,sendto,sendmsg,sendmmsg"
 
