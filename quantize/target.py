@@ -228,7 +228,7 @@ def _sizes(
     watched.CopyFrom(proto)
     there = {value.name for value in watched.graph.output}
     inputs = {value.name for value in watched.graph.input}
-    made = {name for node in watched.graph.node for name in node.output}
+    made = {name for node in watched.graph.node for name in node.output if name}  # '' is left out
     for name in dict.fromkeys(tensors):
         if name in made and name not in there:
             watched.graph.output.append(onnx.ValueInfoProto(name=name))
