@@ -240,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two bundles or reports, figure by figure")
     add("--verify", type=Path, metavar="BUNDLE", help="run a bundle's golden vectors here")
     add("--emulate", type=Path, metavar="PYTHON", help="run golden vectors under this aarch64 Python, too")
-    add("--trust", action="store_true", help="read files that can run code (.joblib, .pkl)")
+    add("--trust", action="store_true", help="read files that can run code (.joblib, .pkl, .pt2)")
     add("--json", action="store_true", help="print JSON instead of text")
     add("--quiet", action="store_true", help="no progress on stderr")
     return parser

@@ -1,12 +1,15 @@
 """Other frameworks' files to ONNX. The frameworks are extras, imported when such a file comes.
 
-Invariant: nothing in a file is run without ``trust``. A ``.joblib`` or ``.pkl`` is a pickle, which runs
-whatever its author wrote; a ``.skops`` file names the types it holds, and those that skops does not know need
-trust, too.
+Invariant: nothing in a file is run without ``trust``. A ``.joblib`` or ``.pkl`` is a pickle, which runs whatever
+its author wrote, and ``torch.export.load`` unpickles parts of a ``.pt2`` without restriction (torch 2.13); a
+``.skops`` file names the types it holds, and those that skops does not know need trust, too.
 """
 
 from __future__ import annotations
 
+import io
+import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +24,7 @@ _HARMLESS: Final = (
     "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
     "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
 )
-_PICKLES: Final = (".joblib", ".pkl", ".pickle")
+_PICKLES: Final = (".joblib", ".pkl", ".pickle", ".pt2")
 
 
 def to_onnx(path: Path, *, trust: bool) -> onnx.ModelProto:
@@ -33,18 +36,18 @@ def to_onnx(path: Path, *, trust: bool) -> onnx.ModelProto:
     """
     with path.open("rb"):
         pass  # the frameworks' own messages for a missing file differ
+    if path.suffix in _PICKLES and not trust:
+        raise BadModel(
+            f"model {path} holds pickles, which run code when they are read: give --trust if you know its author"
+            + ("" if path.suffix == ".pt2" else ", or save it as .skops")
+        )
     if path.suffix == ".pt2":
         return _from_torch(path)
-    model = _unpickle(path, trust) if path.suffix in _PICKLES else _from_skops(path, trust)
+    model = _unpickle(path) if path.suffix in _PICKLES else _from_skops(path, trust)
     return _from_sklearn(path, model)
 
 
-def _unpickle(path: Path, trust: bool) -> Any:
-    if not trust:
-        raise BadModel(
-            f"model {path} is a pickle, which runs code when it is read: give --trust if you know its "
-            "author, or save it as .skops"
-        )
+def _unpickle(path: Path) -> Any:
     try:
         import joblib
     except ImportError as error:
@@ -57,18 +60,18 @@ def _unpickle(path: Path, trust: bool) -> Any:
 
 def _from_skops(path: Path, trust: bool) -> Any:
     try:
-        from skops import io
+        from skops import io as skops
     except ImportError as error:
         raise _missing(path, "sklearn") from error
     try:
-        types = io.get_untrusted_types(file=path)
+        types = skops.get_untrusted_types(file=path)
         unknown = [name for name in types if name not in _HARMLESS]
         if unknown and not trust:
             raise BadModel(
                 f"model {path} holds types that skops does not know to be harmless: {', '.join(unknown)}: "
                 "give --trust if you know who made it"
             )
-        return io.load(path, trusted=types)
+        return skops.load(path, trusted=types)
     except BadModel:
         raise
     except Exception as error:  # zip, JSON and skops' own
@@ -108,8 +111,10 @@ def _from_torch(path: Path) -> onnx.ModelProto:
     except ImportError as error:
         raise _missing(path, "torch") from error
     try:
-        program = torch.export.load(path)
-        exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # it deprecates parts of itself while it runs
+            program = torch.export.load(path)
+            exported = torch.onnx.export(program, dynamo=True, verbose=False)
         proto: onnx.ModelProto = exported.model_proto
     except Exception as error:  # torch raises anything
         raise BadModel(f"model {path} cannot be converted: {runtime.one_line(error)}") from error
