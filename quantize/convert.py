@@ -1,8 +1,8 @@
 """Other frameworks' files to ONNX. The frameworks are extras, imported when such a file comes.
 
-Invariant: nothing in a file is run without ``trust``. A ``.joblib`` or ``.pkl`` is a pickle, which runs whatever
-its author wrote, and ``torch.export.load`` unpickles parts of a ``.pt2`` without restriction (torch 2.13); a
-``.skops`` file names the types it holds, and those that skops does not know need trust, too.
+Invariant: nothing in a file is run without ``trust``. A ``.joblib`` or ``.pkl`` is a pickle, which runs
+whatever its author wrote, and ``torch.export.load`` unpickles parts of a ``.pt2`` without restriction (torch
+2.13); a ``.skops`` file names the types it holds, and those that skops does not know need trust, too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def to_onnx(path: Path, *, trust: bool) -> onnx.ModelProto:
         pass  # the frameworks' own messages for a missing file differ
     if path.suffix in _PICKLES and not trust:
         raise BadModel(
-            f"model {path} holds pickles, which run code when they are read: give --trust if you know its author"
+            f"model {path} holds pickles, which run code when read: give --trust if you know its author"
             + ("" if path.suffix == ".pt2" else ", or save it as .skops")
         )
     if path.suffix == ".pt2":
