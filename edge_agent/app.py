@@ -195,6 +195,7 @@ class Connections:
     ) -> None:
         self._device = config.device
         self._queue = Path(config.store) / "metrics"
+        self._spool = Path(config.store) / "decisions"
         self._service = service
         self._metrics = metrics
         self._background = background
@@ -217,10 +218,12 @@ class Connections:
         """
         prepared: dict[str, tuple[Any, MqttTransport | RemoteWriter | None]] = {}
         if (broker := config.mqtt) != self._in_force["mqtt"]:
-            prepared["mqtt"] = (
-                broker,
-                MqttTransport(broker, self._device, self._service, self._metrics) if broker else None,
-            )
+            transport = None
+            if broker is not None:
+                transport = MqttTransport(
+                    broker, self._device, self._service, self._metrics, spool=self._spool
+                )
+            prepared["mqtt"] = (broker, transport)
         if (receiver := config.remote_write) != self._in_force["remote_write"]:
             prepared["remote_write"] = (
                 receiver,

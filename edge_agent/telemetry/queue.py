@@ -56,11 +56,20 @@ class _Place:
 class Queue:
     """The queue in one folder, of one process. Its methods may be called from any thread; all of them block.
 
+    With ``keep_newest`` the last record stays readable by ``newest_on_disk`` also when it is acknowledged.
+
     Raises:
         OSError: the folder or a file cannot be created, read or written.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, segment_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        segment_bytes: int | None = None,
+        *,
+        keep_newest: bool = False,
+    ) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
         # Small enough that dropping one segment loses little, large enough that there are few.
@@ -71,6 +80,8 @@ class Queue:
         self._next = 1
         self._lost: dict[Loss, int] = {"full": 0, "corrupt": 0}
         self._waiting_samples = 0
+        self._keep_newest = keep_newest
+        self._newest = 0  # segment of the newest record
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._recover()
         number = max(self._sizes, default=0)
@@ -126,6 +137,7 @@ class Queue:
             place = self._write(_DATA, sequence, samples, data, durable=True)
             self._next += 1
             self._places[sequence] = place
+            self._newest = place.segment
             self._waiting_samples += samples
             return sequence
 
@@ -204,6 +216,8 @@ class Queue:
     def _delete_finished(self) -> None:
         """Delete the oldest segments that nothing waits in; the one being written stays."""
         needed = next(iter(self._places.values())).segment if self._places else self._number
+        if self._keep_newest:
+            needed = min(needed, self._newest)
         for number in [number for number in self._sizes if number < min(needed, self._number)]:
             self._delete(number)
 
@@ -251,6 +265,7 @@ class Queue:
                 self._lost["corrupt"] += samples
             elif kind == _DATA:
                 self._places[sequence] = _Place(number, start, length, samples, crc)
+                self._newest = number
                 self._waiting_samples += samples
             elif acknowledged := self._places.pop(sequence, None):
                 self._waiting_samples -= acknowledged.samples
@@ -267,6 +282,25 @@ class Queue:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def newest_on_disk(folder: Path) -> bytes | None:
+    """The data of the last record that was kept, also if it is acknowledged already; None if none is left."""
+    for path in sorted(folder.glob(f"*{_SUFFIX}"), reverse=True):
+        content, at, newest = path.read_bytes(), 0, None
+        while at < len(content):
+            header = _header_at(content, at)
+            if header is None:
+                at = _next_header(content, at + 1) or len(content)
+                continue
+            kind, _, _, length, crc = header
+            data = content[at + _HEADER : at + _HEADER + length]
+            if kind == _DATA and zlib.crc32(data) == crc:
+                newest = data
+            at += _HEADER + length
+        if newest is not None:
+            return newest
+    return None
 
 
 def _header_at(content: bytes, at: int) -> tuple[int, int, int, int, int] | None:

@@ -57,9 +57,11 @@ class Agent:
         self.http = server
         return server
 
-    def subscribe(self, port: int, **config: Any) -> MqttTransport:
+    def subscribe(self, port: int, *, spool: Path | None = None, **config: Any) -> MqttTransport:
         async def start() -> tuple[MqttTransport, asyncio.Task[None]]:
-            transport = MqttTransport(MqttConfig(port=port, **config), "line-1", self.service, self.metrics)
+            transport = MqttTransport(
+                MqttConfig(port=port, **config), "line-1", self.service, self.metrics, spool=spool
+            )
             return transport, asyncio.create_task(transport.run())
 
         async def stop(task: asyncio.Task[None]) -> None:
