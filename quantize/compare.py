@@ -15,6 +15,7 @@ from quantize.config import Budget, Metric
 
 IDENTICAL: Final = 200.0  # dB: what a difference of nothing is called, so that it stays a JSON number
 
+LEAST: Final = 10.0  # dB that agreement alone does not make up for, unless it was asked for
 CEILING: Final = 4.0  # times the threshold: scores beyond are compared as if they were this
 _BELOW: Final = 0.1  # share of rows that must be below for that
 
@@ -117,7 +118,8 @@ class Comparison:
         agree = 1 - (self.agreement or 0.0) <= allowed + 1e-9
         if budget.metric is Metric.SQNR:
             return enough
-        return agree if budget.metric is Metric.AGREEMENT else enough or agree
+        # Where nearly every row is passed, a model that answers nothing agrees too.
+        return agree if budget.metric is Metric.AGREEMENT else enough or (agree and self.sqnr >= LEAST)
 
     def verdict(self) -> str:
         """The figures that decide, for people."""

@@ -32,6 +32,7 @@ class Target:
     memory_bytes: float
     elements: float  # of simple float arithmetic, one node
     node_seconds: float  # calling one kernel
+    blocked: bool = False  # whether float convolutions have a layout of their own (onnxruntime: x86 only)
 
 
 # int8/fp32: 1.3-1.5 with plain NEON (A53, A72), 3-4 with the dot product instructions (A55, A75 and later).
@@ -43,7 +44,7 @@ TARGETS: Final[Mapping[str, Target]] = {
         Target("cortex-a76", 16e9, 50e9, 9e9, 1.5e9, 1.5e-6),
         Target("neoverse-n1", 20e9, 64e9, 15e9, 2e9, 1e-6),
         Target("generic-arm64", 6e9, 12e9, 4e9, 0.7e9, 3e-6),
-        Target("x86-64", 50e9, 150e9, 12e9, 4e9, 0.7e-6),
+        Target("x86-64", 50e9, 150e9, 12e9, 4e9, 0.7e-6, blocked=True),
     )
 }
 GENERIC: Final = "generic-arm64"
@@ -56,6 +57,8 @@ _SLOW: Final = (
     "FastGelu", "Pow", "LayerNormalization", "SkipLayerNormalization", "QLinearSoftmax",
 )  # fmt: skip
 _SLOW_FACTOR: Final = 4.0
+_ROUNDING_FACTOR: Final = 0.3  # Q or DQ: one vectorized pass, most of it over bytes
+_NARROW_FACTOR: Final = 0.5
 _DEPTHWISE_FACTOR: Final = 4.0  # such kernels wait for memory, not for multipliers
 _SUFFIXES: Final = ("_quantized", "_dq", "_q", "_float")
 
@@ -140,9 +143,9 @@ def saving_of(
     shapes = {name: tuple(tensor.dims) for name, tensor in weights.items()}
     macs, elements, depthwise = _macs(node, sizes.elements, shapes)
     around = sum(_size(name, sizes.elements) for name in (node.input[0], *node.output) if name)
-    rate = 1 / _DEPTHWISE_FACTOR if depthwise else 1.0
-    before = max(macs / (target.float_macs * rate), 4 * elements / target.memory_bytes)
-    after = max(macs / (target.int8_macs * rate), elements / target.memory_bytes)
+    int8_macs = target.float_macs if depthwise else target.int8_macs
+    before = max(macs / target.float_macs, 4 * elements / target.memory_bytes)
+    after = max(macs / int8_macs, elements / target.memory_bytes)
     before += 4 * around / target.memory_bytes
     after += around / target.memory_bytes + around / target.elements / 4  # Q and DQ at every other border
     return max(before - after, 0.0), 3 * elements
@@ -213,15 +216,20 @@ def _seconds(
     int8 = kind in _INT8_KERNELS or kind.startswith("DynamicQuantize")
     if macs:
         width = 1 if int8 else 4
-        rate = (target.int8_macs if int8 else target.float_macs) / (_DEPTHWISE_FACTOR if depthwise else 1.0)
+        rate = target.int8_macs if int8 else target.float_macs
+        if depthwise:
+            rate = target.float_macs / _DEPTHWISE_FACTOR
         seconds = max(macs / rate, width * elements / target.memory_bytes)
-        if not int8 and "Conv" in kind and not depthwise and _reach(node, weights) > 1:
+        if not int8 and not target.blocked and "Conv" in kind and not depthwise and _reach(node, weights) > 1:
             # ARM64 has no blocked float layout: the windows are written out first. INT8 reads them in place.
             seconds += macs / max(_channels(node, weights), 1) / target.elements / 2
         if kind.startswith("DynamicQuantize"):
             seconds += inputs / target.elements  # finding the range and rounding, in float
         seconds += width * (inputs + outputs) / target.memory_bytes
         return seconds + target.node_seconds
-    narrow = kind.startswith(("QLinear", "Nhwc")) or kind in ("DequantizeLinear", "QuantizeLinear")
-    factor = _SLOW_FACTOR if kind in _SLOW else 0.5 if narrow else 1.0
+    factor = _SLOW_FACTOR if kind in _SLOW else 1.0
+    if kind in ("DequantizeLinear", "QuantizeLinear"):
+        factor = _ROUNDING_FACTOR
+    elif kind.startswith(("QLinear", "Nhwc")):
+        factor = _NARROW_FACTOR
     return factor * max(inputs, outputs) / target.elements + target.node_seconds
