@@ -2,6 +2,7 @@
 
 The 512 measurements of a part as JSON, by /predict, by the Open Inference Protocol and over MQTT. The floor
 is the same stack answering a constant. Throughput at several connections needs wrk (Debian: wrk).
+``python -m benchmarks.serve --peers`` measures what others would build beside it (``compare.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import models
-from benchmarks.machine import table
+from benchmarks.machine import describe, table
 from examples.demo.clients import HttpClient, Reply, ask_over_mqtt, predict_body
 from examples.demo.processes import Processes, free_port, listens, ours, tool, wait_until
 
@@ -176,4 +177,10 @@ def _rss(pid: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:] == ["--peers"]:
+        from benchmarks import compare
+
+        print(f"Measured on {describe()}.")
+        compare.main()
+    else:
+        main()
