@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-crash test-kill check bench format clean help
+.PHONY: demo test test-arm test-crash test-fuzz test-kill check bench format clean help
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -52,3 +52,9 @@ test-crash: $(STAMP)
 ## make test-fuzz   a million mutated HTTP messages at one agent (about 10 minutes)
 test-fuzz: $(STAMP)
 	EDGE_FUZZ_MESSAGES=1000000 $(BIN)/python -m pytest -q -s tests/system/test_http_fuzz.py
+
+## make test-arm   golden vectors under emulated Cortex-A53, A76 and max (qemu-user-static and mmdebstrap; 230 MB the first time)
+ARM_LANE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edge-inference/arm64
+test-arm: $(STAMP)
+	tests/arm/lane.sh $(ARM_LANE) $(BIN)/python
+	EDGE_ARM_LANE=$(ARM_LANE) $(BIN)/python -m pytest -q tests/arm
