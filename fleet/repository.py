@@ -45,22 +45,30 @@ from tuf.api.metadata import (
 from tuf.api.serialization.json import JSONSerializer
 
 from edge_agent.contract import assignments as documents
+from edge_agent.contract import manifest as manifests
 from edge_agent.contract.assignments import Assignments, Release
 from edge_agent.contract.bundle import Bundle
 from edge_agent.contract.digest import Digest
+from edge_agent.contract.errors import BadManifest
 from edge_agent.contract.manifest import FILE_NAME as MANIFEST
+from edge_agent.contract.manifest import Manifest
 from edge_agent.contract.repository import (
     ASSIGNMENTS_PATTERN,
     ASSIGNMENTS_TARGET,
     BLOBS,
     METADATA,
+    RELEASES,
     ROLLOUT_ROLE,
     TARGETS,
     TIMESTAMP,
     blob_path,
     manifest_target,
+    transfers_target,
 )
+from edge_agent.contract.transfers import Parcel, Transfers
+from edge_agent.contract.transfers import encode as encode_transfers
 from edge_agent.contract.version import Version
+from fleet import parcels
 from fleet.errors import KeyMissing, RepositoryError
 
 OFFLINE: Final = ("root", "targets")
@@ -94,6 +102,7 @@ class Published:
     new: bool  # False: this very release was there already
     blobs: int  # members written; the others were there already
     bytes: int  # bytes of those
+    parcels: int = 0  # shorter ways for members: compressed, or as a difference to an earlier release
 
 
 class Keys:
@@ -235,6 +244,8 @@ class Repository:
         """
         found: dict[str, list[Release]] = {}
         for path, target in self._targets().targets.items():
+            if not path.startswith(RELEASES):
+                continue
             _, model, name = path.split("/")
             release = Release(
                 Version(name.removesuffix(".json")), Digest("sha256:" + target.hashes["sha256"])
@@ -317,14 +328,20 @@ class Repository:
                 for role in ("targets", "snapshot", "timestamp"):
                     self.keys.signer(role)  # before the first byte is written
             written = [self._write_blob(bundle, name) for name in sorted(manifest.members)]
+            made = 0
             if known is None:
+                transfers = self._write_parcels(bundle)
+                made = sum(map(len, transfers.members.values()))
+                if made:
+                    target = transfers_target(manifest.name, manifest.version)
+                    targets.targets[target] = self._write_target(target, encode_transfers(transfers))
                 targets.targets[path] = self._write_target(path, data)
                 targets.version += 1
                 targets.expires = self._expires("targets")
                 self._sign("targets", targets)
                 self._sign_snapshot(self._snapshot(), targets=targets.version)
         return Published(
-            manifest.name, release, known is None, sum(size > 0 for size in written), sum(written)
+            manifest.name, release, known is None, sum(size > 0 for size in written), sum(written), made
         )
 
     def assign(self, document: Assignments) -> None:
@@ -484,6 +501,52 @@ class Repository:
         info = TargetFile.from_data(target, data, ["sha256"])
         _write(self._target_file(target, info.hashes["sha256"]), data)
         return info
+
+    def _write_parcels(self, bundle: Bundle) -> Transfers:
+        """Make what may travel instead of each member, and write it among the blobs.
+
+        Differences are to what devices are likely to have: the version before, and what is assigned now.
+        """
+        found: dict[str, tuple[Parcel, ...]] = {}
+        if not parcels.available():
+            return Transfers()
+        bases = self._bases(bundle.manifest.name, bundle.manifest.version)
+        for name, member in sorted(bundle.manifest.members.items()):
+            if member.size < parcels.SMALLEST:
+                continue
+            data = bundle.read(name)
+            frames: dict[Digest | None, bytes | None] = {None: parcels.compressed(data)}
+            for base in bases:
+                old = base.members.get(name)
+                if old is not None and old.digest != member.digest and old.digest not in frames:
+                    with contextlib.suppress(OSError):
+                        content = self._file(blob_path(old.digest)).read_bytes()
+                        if Digest.of_bytes(content) == old.digest:
+                            frames[old.digest] = parcels.difference(content, data)
+            made = []
+            for digest, frame in frames.items():
+                if frame is not None:
+                    parcel = Parcel(Digest.of_bytes(frame), len(frame), digest)
+                    _write(self._file(blob_path(parcel.digest)), frame)
+                    made.append(parcel)
+            if made:
+                found[name] = tuple(made)
+        return Transfers(found)
+
+    def _bases(self, model: str, version: Version) -> list[Manifest]:
+        releases = self.releases().get(model, ())
+        wanted = [release for release in releases if release.version < version][-1:]
+        entry = self.assignments().models.get(model)
+        if entry is not None:
+            candidate = entry.candidate.release if entry.candidate else None
+            wanted += [release for release in (entry.stable, candidate) if release is not None]
+        found = []
+        for release in dict.fromkeys(wanted):
+            path = manifest_target(model, release.version)
+            # What cannot be read is no base; that it is damaged comes out where it is needed.
+            with contextlib.suppress(OSError, BadManifest):
+                found.append(manifests.parse(self._target_file(path, release.digest.hex).read_bytes()))
+        return found
 
     def _write_blob(self, bundle: Bundle, name: str) -> int:
         """Copy a member to its place; 0 if it was there already, else its size."""

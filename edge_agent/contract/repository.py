@@ -11,7 +11,8 @@
     targets/
       releases/<model>/<sha256>.<version>.json    manifests (TUF targets)
       assignments/<sha256>.assignments.json       the assignments document (TUF target)
-    blobs/sha256/<hex>                members of every release, by digest
+      transfers/<model>/<sha256>.<version>.json   shorter ways for members to travel (TUF targets, optional)
+    blobs/sha256/<hex>                members of every release and parcels, by digest
 
 Two powers (Uptane's split): the offline *targets* key says which releases exist; the online *rollout* key
 only chooses among them. A stolen roll-out key can move devices between signed releases, never introduce one.
@@ -34,9 +35,17 @@ ASSIGNMENTS_PATTERN: Final = "assignments/*"
 ASSIGNMENTS_TARGET: Final = "assignments/assignments.json"
 
 
+RELEASES: Final = "releases/"  # what the target paths of manifests begin with
+
+
 def manifest_target(model: str, version: Version) -> str:
     """The TUF target path of a release's manifest."""
-    return f"releases/{model}/{version}.json"
+    return f"{RELEASES}{model}/{version}.json"
+
+
+def transfers_target(model: str, version: Version) -> str:
+    """The TUF target path of a release's transfers document."""
+    return f"transfers/{model}/{version}.json"
 
 
 def blob_path(digest: Digest) -> str:

@@ -1,5 +1,8 @@
 """Fetching members: by digest, resumed where a run was cut off, never more bytes than the manifest says.
 
+Where the release has a shorter way for a member (``contract.transfers``) that one is taken: compressed, or
+the difference to a member that is on the device. Whatever is wrong with it, the member is then fetched whole.
+
 A half download lies under its digest in a folder that survives restarts. It is hashed from the start again
 before it is used: what lay on the disk is trusted no more than what comes from the network.
 """
@@ -7,14 +10,19 @@ before it is used: what lay on the disk is trusted no more than what comes from 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
 from edge_agent.contract.manifest import Manifest, Member
 from edge_agent.contract.repository import blob_path
+from edge_agent.contract.transfers import Parcel, Transfers
 from edge_agent.store.fs import explained
+from edge_agent.update.parcel import BadParcel, fits, open_parcel
 from edge_agent.update.source import Source, SourceFailed
+
+logger = logging.getLogger(__name__)
 
 _CHUNK: Final = 1 << 20  # bytes
 
@@ -26,8 +34,20 @@ def fetch_members(
     folder: Path,
     partial: Path,
     progress: Callable[[int], None],
+    transfers: Transfers | None = None,
+    blobs: Path | None = None,
 ) -> int:
     """Put members into ``folder``, each proven by its digest; returns the bytes that were moved.
+
+    Args:
+        source: where blobs come from.
+        manifest: names and digests.
+        names: the members to bring.
+        folder: where they go.
+        partial: half downloads, kept between runs.
+        progress: told the bytes of the member that is under way.
+        transfers: shorter ways, if there are any.
+        blobs: the members that are on the device, by digest.
 
     Raises:
         SourceFailed: unreachable, or a member is truncated, too long or altered (``blob_mismatch``).
@@ -37,18 +57,53 @@ def fetch_members(
     for name in names:
         member = manifest.members[name]
         half = partial / member.digest.hex
-        try:
-            moved += _fetch(source, name, member, half, progress)
-        except _Mismatch as mismatch:
-            with explained("remove", half):
-                half.unlink()
-            if not mismatch.resumed:
-                raise
-            # The half from last time may have been the bad part: once more, from the start.
-            moved += _fetch(source, name, member, half, progress)
+        parcel, base = _shortest(transfers, name, member, half, blobs)
+        if parcel is not None:
+            frame, target = partial / parcel.digest.hex, folder / name
+            try:
+                moved += _bring(source, name, Member(parcel.digest, parcel.size), frame, progress)
+                open_parcel(frame, base, member, target)
+            except BadParcel as error:
+                logger.warning("member %s: its parcel cannot be used (%s); it is fetched whole", name, error)
+            except SourceFailed as failed:
+                if failed.reason not in ("not_found", "blob_mismatch"):
+                    raise
+                logger.warning("member %s: its parcel is not there (%s); it is fetched whole", name, failed)
+            else:
+                frame.unlink(missing_ok=True)
+                continue
+            frame.unlink(missing_ok=True)
+        moved += _bring(source, name, member, half, progress)
         with explained("store", folder / name):
             half.replace(folder / name)
     return moved
+
+
+def _shortest(
+    transfers: Transfers | None, name: str, member: Member, half: Path, blobs: Path | None
+) -> tuple[Parcel | None, Path | None]:
+    """The smallest parcel that can be opened here and is less than what is left to fetch; and its base."""
+    left = member.size - (half.stat().st_size if half.exists() else 0)
+    for parcel in sorted(transfers.members.get(name, ()) if transfers else (), key=lambda one: one.size):
+        if parcel.size >= left:
+            break
+        base = blobs / parcel.base.hex if parcel.base and blobs else None
+        if (parcel.base is None or base is not None) and fits(base, member):
+            return parcel, base
+    return None, None
+
+
+def _bring(source: Source, name: str, member: Member, half: Path, progress: Callable[[int], None]) -> int:
+    """Fetch a blob into ``half``; what was there from last time is used as far as it is right."""
+    try:
+        return _fetch(source, name, member, half, progress)
+    except _Mismatch as mismatch:
+        with explained("remove", half):
+            half.unlink()
+        if not mismatch.resumed:
+            raise
+        # The half from last time may have been the bad part: once more, from the start.
+        return _fetch(source, name, member, half, progress)
 
 
 class _Mismatch(SourceFailed):

@@ -23,9 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from edge_agent.contract import manifest as manifests
+from edge_agent.contract import transfers
 from edge_agent.contract.assignments import assigned
 from edge_agent.contract.bundle import open_bundle
-from edge_agent.contract.errors import ContractError
+from edge_agent.contract.errors import BadManifest, ContractError
+from edge_agent.contract.manifest import Manifest
+from edge_agent.contract.repository import transfers_target
+from edge_agent.contract.transfers import Transfers
 from edge_agent.errors import ConfigError, EngineError, SourceError, StoreError, UpdateRejected
 from edge_agent.store.fs import Disk, explained
 from edge_agent.update import messages
@@ -44,6 +48,7 @@ from edge_agent.update.messages import (
     Setup,
     Test,
 )
+from edge_agent.update.parcel import can_open
 from edge_agent.update.source import open_source
 
 if TYPE_CHECKING:
@@ -145,7 +150,23 @@ class Worker:
         source = open_source(self._setup.source, self._setup.timeout, self._setup.access)
         partial = Path(self._setup.partial)
         manifest = open_bundle(folder).manifest
-        return Done(bytes=fetch_members(source, manifest, command.names, folder, partial, progress))
+        moved = fetch_members(
+            source, manifest, command.names, folder, partial, progress,
+            self._transfers(manifest), Path(self._setup.blobs),
+        )  # fmt: skip
+        return Done(bytes=moved)
+
+    def _transfers(self, manifest: Manifest) -> Transfers | None:
+        """The shorter ways for this release's members, if it has any and this machine can take them."""
+        if self._repository is None or not can_open():
+            return None
+        try:
+            target = transfers_target(manifest.name, manifest.version)
+            return transfers.parse(self._repository.target(target, transfers.MAX_BYTES))
+        except (UpdateRejected, BadManifest) as error:
+            if getattr(error, "reason", "") != "unknown_release":  # most releases just have none
+                logger.warning("%s; members are fetched whole", error)
+            return None
 
     def _test(self, command: Test) -> SelfTest:
         from edge_agent.update.selftest import run_self_test  # brings onnxruntime

@@ -195,7 +195,7 @@ def test_online_metadata_is_signed_again_before_it_expires(tmp_path: Path) -> No
 
 
 def test_a_client_refuses_expired_metadata(tmp_path: Path) -> None:
-    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)
+    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=8)  # the timestamp lives seven
     repository = Repository.create(tmp_path / "repository", Keys(tmp_path / "keys"), clock=lambda: past)
     handler = functools.partial(_Quiet, directory=str(repository.path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
