@@ -83,3 +83,33 @@ def test_an_answer_keeps_its_values_when_the_next_batch_uses_the_same_buffer(bun
         assert [answer.outputs["score"].tobytes() for answer in first] == [value.tobytes() for value in kept]
 
     asyncio.run(story())
+
+
+def test_a_stall_that_many_requests_share_opens_no_breaker(bundle: Bundle) -> None:
+    async def story() -> None:
+        metrics = AgentMetrics(CollectorRegistry(), "test", "0")
+        serving = ServingConfig(deadline_ms=60_000, breaker_failures=5)
+        service = Service(serving, EngineConfig(inline_below_ms=1000.0), DriftConfig(enabled=False), metrics)
+        await service.start("unit", bundle)
+        row = {"x": models.rows(1)}
+        late = await asyncio.gather(*[service.submit("unit", None, row, deadline=1e-9) for _ in range(50)])
+        assert {answer.reason for answer in late} == {"deadline"}
+        assert (await service.submit("unit", None, row)).reason == "ok"
+
+    asyncio.run(story())
+
+
+def test_a_caller_that_went_away_costs_nobody_else_an_answer(bundle: Bundle) -> None:
+    async def story() -> None:
+        metrics = AgentMetrics(CollectorRegistry(), "test", "0")
+        service = Service(
+            ServingConfig(deadline_ms=60_000), EngineConfig(), DriftConfig(enabled=False), metrics
+        )
+        await service.start("unit", bundle)
+        row = {"x": models.rows(1)}
+        asked = [service.submit("unit", None, row) for _ in range(5)]
+        asked[2].cancel()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [isinstance(answer, Answer) for answer in answers] == [True, True, False, True, True]
+
+    asyncio.run(story())
