@@ -6,8 +6,10 @@ Invariants, for every method of ``Disk``:
   and renamed into place;
 - when the call has returned, the change is on the medium: file contents are fsynced before the rename, the
   folder after it;
-- a failed fsync is a failed call. It is never retried: after an error the kernel may have dropped the
-  pages and a second fsync would lie (https://www.usenix.org/conference/atc20/presentation/rebello);
+- a failed fsync is a failed call. For a file it is never retried: after an error the kernel may have dropped
+  the pages and a second fsync would lie (https://www.usenix.org/conference/atc20/presentation/rebello), so
+  the file goes. A folder's entries are the file system's journal, which stops rather than lies: ``settle``
+  asks again before anybody relies on them;
 - every ``OSError`` becomes a ``StoreError`` that says what, which path and what to do, and the temporary
   file is gone again.
 
@@ -166,6 +168,15 @@ class Disk:
             self.before("mkdir", path)
             path.mkdir(exist_ok=True)
             self._sync(path.parent)
+
+    def settle(self, folder: Path) -> None:
+        """Make the entries of a folder durable: what somebody else renamed into it may be visible only.
+
+        Raises:
+            StoreError: nobody knows what of it survives a power cut.
+        """
+        with explained("make durable", folder):
+            self._sync(folder)
 
     def remove(self, path: Path) -> None:
         """Remove a file or a link, durably; nothing happens if it is not there.

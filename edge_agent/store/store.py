@@ -6,7 +6,9 @@ Invariants, whatever system call the power failed in:
   moved: the old one or the new one, never neither, never a mixture;
 - ``previous`` is another such release, or absent;
 - one process writes (``flock``); readers need no lock;
-- everything that is not reachable from a pointer or a record is garbage, and nothing else is.
+- everything that is not reachable from a pointer or a record is garbage, and nothing else is;
+- what is found is not relied on before it is durable: a process that was killed, or refused an fsync, leaves
+  renames that everybody sees and a power cut may undo.
 
 A release is a folder of hard links into a content-addressed blob folder, so releases that share members share
 their bytes, and a member on the device is never fetched twice.
@@ -47,6 +49,7 @@ class Store:
         self.layout = layout
         self._disk = disk
         self._lock = lock
+        self._settled = False  # whether everything that can be seen here survives a power cut
 
     @classmethod
     def open(cls, path: Path, disk: Disk | None = None) -> Store:
@@ -55,22 +58,57 @@ class Store:
         Raises:
             StoreError: another agent has it (``reason`` is ``locked``), or the disk refuses.
         """
-        disk = disk or Disk()
-        layout = Layout(path.absolute())
-        for folder in (layout.blobs, layout.releases, layout.models, layout.partial, layout.tuf):
-            disk.make_durable_dir(folder)
-        store = cls(layout, disk, _take_lock(layout.lock))
-        try:
-            store._sweep()
-        except BaseException:
-            store.close()
-            raise
+        store = cls(Layout(path.absolute()), disk or Disk(), _NOT_OURS)
+        store.take()
         return store
 
     @classmethod
     def read(cls, path: Path) -> Store:
         """A view of the store that takes no lock and changes nothing."""
         return cls(Layout(path.absolute()), Disk(), _NOT_OURS)
+
+    @classmethod
+    def open_or_read(cls, path: Path, disk: Disk | None = None) -> Store:
+        """The store for writing, or a view of it while it cannot be written.
+
+        So a second agent serves what the first one installed (a pod's rolling update), and an agent serves
+        from a disk that has become read-only. Ask ``writable``; ``take`` tries again and says why not.
+
+        Raises:
+            StoreError: it cannot be written, and there is nothing in it to serve either.
+        """
+        store = cls(Layout(path.absolute()), disk or Disk(), _NOT_OURS)
+        try:
+            store.take()
+        except StoreError as error:
+            if not store.models():
+                raise
+            logger.warning("%s; what is installed is served, and nothing is changed", error)
+        return store
+
+    def take(self) -> None:
+        """Become the one that writes: create what is missing, lock, remove what a crash left.
+
+        Nothing happens where this view writes already. What ``current`` names may have changed since the last
+        look: another agent may have had the store until now.
+
+        Raises:
+            StoreError: another agent has it (``reason`` is ``locked``), or the disk refuses; this stays a
+                view.
+        """
+        if self.writable:
+            return
+        layout = self.layout
+        for folder in (layout.blobs, layout.releases, layout.models, layout.partial, layout.tuf):
+            self._disk.make_durable_dir(folder)
+        self._lock = _take_lock(layout.lock)
+        try:
+            self._sweep()
+        except BaseException:
+            self.close()
+            raise
+        with contextlib.suppress(StoreError):  # tried again before anything is written
+            self._settle()
 
     def close(self) -> None:
         """Give the lock back. Harmless when repeated."""
@@ -177,9 +215,9 @@ class Store:
         Raises:
             StoreError: it cannot be made.
         """
-        self._check_writable()
-        folder = self.layout.staging / unique("")
-        self._disk.make_durable_dir(folder)
+        with self._writing():
+            folder = self.layout.staging / unique("")
+            self._disk.make_durable_dir(folder)
         try:
             yield folder
         finally:
@@ -197,7 +235,10 @@ class Store:
             BadBundle, BadManifest: the staged release is not what its manifest says. Nothing was changed.
             StoreError: the disk refused. What was active stays active and whole.
         """
-        self._check_writable()
+        with self._writing():
+            return self._admit(staged)
+
+    def _admit(self, staged: Path) -> Bundle:
         bundle = open_bundle(staged)
         for name, member in bundle.manifest.members.items():
             if (staged / name).is_symlink():
@@ -222,7 +263,10 @@ class Store:
         Raises:
             StoreError: the disk refused; ``current`` is as it was.
         """
-        self._check_writable()
+        with self._writing():
+            self._activate(bundle)
+
+    def _activate(self, bundle: Bundle) -> None:
         if bundle.path != self.layout.release(bundle.digest):
             raise StoreError(f"release {bundle.digest.short} was not admitted to {self.layout.root}")
         folder = self.layout.model(bundle.name)
@@ -250,11 +294,11 @@ class Store:
             StoreError: there is none (``reason`` is ``no_previous``), it is damaged
                 (``corrupt_previous``), or the disk refused; ``current`` is as it was.
         """
-        self._check_writable()
-        bundle = self.intact_previous(model)
-        folder = self.layout.model(model)
-        self._disk.replace_symlink(folder / CURRENT, self.layout.target(bundle.digest))
-        self._disk.remove(folder / PREVIOUS)
+        with self._writing():
+            bundle = self.intact_previous(model)
+            folder = self.layout.model(model)
+            self._disk.replace_symlink(folder / CURRENT, self.layout.target(bundle.digest))
+            self._disk.remove(folder / PREVIOUS)
         logger.info("model %s: rolled back to %s", model, bundle.digest.short)
         return bundle
 
@@ -278,9 +322,9 @@ class Store:
         Raises:
             StoreError: the disk refused; the record on disk is the old one.
         """
-        self._check_writable()
-        self._disk.make_durable_dir(self.layout.model(model))
-        self._disk.write_durable(self.layout.model(model) / RECORD, state.encode(record))
+        with self._writing():
+            self._disk.make_durable_dir(self.layout.model(model))
+            self._disk.write_durable(self.layout.model(model) / RECORD, state.encode(record))
 
     # Garbage
 
@@ -290,7 +334,10 @@ class Store:
         Raises:
             StoreError: the disk refused; nothing that is referenced was touched.
         """
-        self._check_writable()
+        with self._writing():
+            return self._collect_garbage()
+
+    def _collect_garbage(self) -> int:
         kept = set[str]()
         for model in self.models():
             record = self.record(model)
@@ -323,11 +370,11 @@ class Store:
         Raises:
             StoreError: one of them cannot be removed.
         """
-        self._check_writable()
-        with explained("read", self.layout.partial):
-            halves = list(self.layout.partial.iterdir())
-        for path in halves:
-            self._disk.remove_tree(path)
+        with self._writing():
+            with explained("read", self.layout.partial):
+                halves = list(self.layout.partial.iterdir())
+            for path in halves:
+                self._disk.remove_tree(path)
 
     # Parts
 
@@ -415,12 +462,34 @@ class Store:
             if folder.is_dir():
                 self._disk.sweep(folder)
 
-    def _check_writable(self) -> None:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around everything that changes the store: only for its owner, and on durable ground."""
         if not self.writable:
             raise StoreError(
                 f"store {self.layout.root} is open for reading only; another agent may be using it",
                 reason="not_locked",
             )
+        if not self._settled:
+            self._settle()
+        try:
+            yield
+        except StoreError:
+            self._settled = False
+            raise
+
+    def _settle(self) -> None:
+        """Make durable what a killed process, or a failed fsync, has left visible only."""
+        layout = self.layout
+        with explained("read", layout.root):
+            folders = [
+                layout.root, layout.blobs.parent, layout.blobs, layout.staging,
+                *(folder for folder in layout.tuf.iterdir() if folder.is_dir()), layout.tuf,
+                *layout.releases.iterdir(), layout.releases, *layout.models.iterdir(), layout.models,
+            ]  # fmt: skip
+        for folder in folders:
+            self._disk.settle(folder)
+        self._settled = True
 
 
 def _same(path: Path, data: bytes) -> bool:

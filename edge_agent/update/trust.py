@@ -87,6 +87,7 @@ class TrustedRepository:
         """
         self._disk = disk or Disk()
         self._trusted = trusted
+        self._settled = False
         self._cache = scratch / "tuf"
         self._targets = downloads or scratch / "targets"
         self._root = root
@@ -197,6 +198,10 @@ class TrustedRepository:
         """Make durable what was verified, oldest root first, the timestamp last."""
         disk = self._disk
         disk.make_durable_dir(self._trusted / _HISTORY)
+        if not self._settled:  # an agent that was killed may have left what is equal, and only visible
+            disk.settle(self._trusted / _HISTORY)
+            disk.settle(self._trusted)
+            self._settled = True
         roots = sorted((self._cache / _HISTORY).glob("*.root.json"), key=_version)
         top = [self._cache / f"{role}.json" for role in ("targets", "snapshot", "timestamp")]
         delegated = sorted(set(self._cache.glob("*.json")) - {*top, self._cache / "root.json"})

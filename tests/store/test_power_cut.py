@@ -172,12 +172,15 @@ def test_a_disk_that_refuses_any_one_call_leaves_everything_as_it_was(
         store = tmp_path / f"store-{at}"
         shutil.copytree(origin, store, symlinks=True)
         disk = RefusingDisk(at, number)
+        done = False
         with contextlib.suppress(StoreError):
             install_second(store, bundles, disk)
+            done = True  # what is refused while the store is opened is asked for again
+        if disk.obeyed:
             break
         left = assert_whole(store, {"1.0.0", "2.0.0"})
         # After the switch only saving the record and collecting garbage are left.
-        assert left == "1.0.0" or disk.calls[:at].count("symlink") == 2
+        assert done or left == "1.0.0" or disk.calls[:at].count("symlink") == 2
         shutil.rmtree(store)
         at += 1
     assert at > 20

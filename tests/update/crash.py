@@ -212,6 +212,7 @@ class Promise:
 
     metadata: tuple[tuple[str, int], ...] = ()  # at least these versions
     rejected: frozenset[Digest] = frozenset()
+    committed: Digest | None = None  # said to be so, and nothing else begun since
 
 
 def promise_of(store: Path, medium: Medium, floor: dict[str, int], new: dict[str, int]) -> Promise:
@@ -221,9 +222,11 @@ def promise_of(store: Path, medium: Medium, floor: dict[str, int], new: dict[str
     if path.exists():
         record = _parsed(path)
     acting = record.state in BUSY or record.state is State.PROBATION
-    said = record.rejected if medium.is_certain(path) else ()
-    rejected = frozenset(entry.digest for entry in said)
-    return Promise(tuple((new if acting else floor).items()), rejected)
+    said = record if medium.is_certain(path) else UpdateRecord()
+    rejected = frozenset(entry.digest for entry in said.rejected)
+    proven = said.candidate if said.state is State.COMMITTED else None
+    committed = proven.digest if proven else None
+    return Promise(tuple((new if acting else floor).items()), rejected, committed)
 
 
 def _parsed(path: Path) -> UpdateRecord:
@@ -276,6 +279,7 @@ def check_recovered(stage: Stage, device: Device, promise: Promise) -> None:
     running = device.serving.running.get(MODEL)
     hold((running.digest if running else None) == digest, "what is served is not what is current")
     record = store.record(MODEL)
+    hold(promise.committed in (None, digest), "what was committed is no longer current")
     refused = {entry.digest for entry in record.rejected}
     hold(promise.rejected <= refused, "a rejected release is no longer rejected")
     hold(
