@@ -95,6 +95,7 @@ class HttpServer:
         self._idle = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
         self._renewal: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()  # of the configuration or the doors: one after the other
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -135,11 +136,12 @@ class HttpServer:
         Raises:
             ConfigError: as ``start``; then nothing has changed.
         """
-        doors = await asyncio.to_thread(Doors.build, config)
-        sockets = self._sockets
-        if (config.host, config.port) != (self.config.host, self.config.port):
-            sockets = await self._bind(config)
-        await self._listen(config, doors, sockets)
+        async with self._changing:
+            doors = await asyncio.to_thread(Doors.build, config)
+            sockets = self._sockets
+            if (config.host, config.port) != (self.config.host, self.config.port):
+                sockets = await self._bind(config)
+            await self._listen(config, doors, sockets)
 
     async def stop(self, drain_seconds: float) -> None:
         """Stop accepting, give requests under way ``drain_seconds``, close everything."""
@@ -233,18 +235,19 @@ class HttpServer:
         refused: Stamp | None = None
         while True:
             await asyncio.sleep(RENEWAL_SECONDS)
-            stamp = await asyncio.to_thread(Stamp.of, self.config)
-            if stamp in (self.doors.stamp, refused):
-                continue
-            try:
-                doors = await asyncio.to_thread(Doors.build, self.config)
-                await self._listen(self.config, doors, self._sockets)
-            except (ConfigError, OSError) as error:
-                refused = stamp
-                events.warning("renewal_refused", reason=str(error), now="the old files stay in force")
-            else:
-                refused = None
-                events.event("renewed", tokens=list(doors.tokens.names) if doors.tokens else None)
+            async with self._changing:
+                stamp = await asyncio.to_thread(Stamp.of, self.config)
+                if stamp in (self.doors.stamp, refused):
+                    continue
+                try:
+                    doors = await asyncio.to_thread(Doors.build, self.config)
+                    await self._listen(self.config, doors, self._sockets)
+                except (ConfigError, OSError) as error:
+                    refused = stamp
+                    events.warning("renewal_refused", reason=str(error), now="the old files stay in force")
+                else:
+                    refused = None
+                    events.event("renewed", tokens=list(doors.tokens.names) if doors.tokens else None)
 
     def left(self, connection: _Connection) -> None:
         """A connection is gone."""
