@@ -35,6 +35,7 @@ class Pending:
     deadline: float
     done: bool = False
     begin: int = 0  # its first row in the batch
+    joined: bool = False  # the outputs hold the rows of others, too
 
 
 Finish = Callable[[list[Pending], Feeds | EngineError | None], None]
@@ -162,12 +163,14 @@ class Batcher:
 
     def _compute(self, batch: list[Pending]) -> list[_Outcome]:
         if len(batch) > 1:
+            for request in batch:
+                request.joined = True
             try:
                 return [(batch, self._engine.run(self._join(batch)))]
             except EngineError:
                 # One request may have poisoned the batch: each gets its own chance and its own error.
                 for request in batch:
-                    request.begin = 0
+                    request.begin, request.joined = 0, False
         return [([request], self._compute_one(request)) for request in batch]
 
     def _compute_one(self, request: Pending) -> Feeds | EngineError:

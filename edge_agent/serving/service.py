@@ -580,15 +580,14 @@ class Service:
     def _by_model(self, slot: _Slot, release: _Release, requests: list[_Request], outputs: Feeds) -> None:
         """Answer the requests of one batch; what costs a microsecond a call is done once for all of them."""
         manifest, decision = release.manifest, release.manifest.decision
-        scores = _scores(manifest, outputs)
         values: list[float] | None = None
-        alone = len(requests) == 1  # before any is given up: the outputs are those of the whole batch
-        if scores is not None:
-            values = scores.tolist()
-            if not math.isfinite(sum(values)) and not np.isfinite(scores).all():
+        if decision is not None:
+            column = outputs[decision.output].ravel()
+            values = (column if column.dtype.kind == "f" else column.astype(np.float64)).tolist()
+            if not math.isfinite(sum(values)) and not all(map(math.isfinite, values)):
                 # The rows' fault as often as the model's: it does not open the breaker, it is counted.
                 for request in requests:
-                    if not np.isfinite(scores[request.begin : request.begin + request.rows]).all():
+                    if not all(map(math.isfinite, values[request.begin : request.begin + request.rows])):
                         self._give_up(request, "non_finite")
                 requests = [request for request in requests if not request.told]
         now = time.monotonic()
@@ -600,8 +599,8 @@ class Service:
             rows += request.rows
             answer = Answer(
                 name, version, digest, "model", "ok",
-                outputs if alone else {key: value[begin:end] for key, value in outputs.items()},
-                values if alone or values is None else values[begin:end],
+                {key: value[begin:end] for key, value in outputs.items()} if request.joined else outputs,
+                values[begin:end] if request.joined and values is not None else values,
                 decision,
                 now - request.started,
             )  # fmt: skip
@@ -623,10 +622,10 @@ class Service:
             request.then(answer)
             if (
                 release.detector is not None
-                and scores is not None
+                and answer.scores is not None
                 and slot.unwatched_rows < self._drift.max_rows_per_second
             ):
-                self._offer_to_drift(slot, request, scores[request.begin : request.begin + request.rows])
+                self._offer_to_drift(slot, request, np.array(answer.scores))
 
     def _by_rules(
         self, slot: _Slot, release: _Release, feeds: Feeds, rows: int, reason: str, started: float
@@ -742,14 +741,6 @@ def _warm_up_feeds(bundle: Bundle) -> Feeds:
         spec.name: np.zeros([max(size, 1) for size in spec.shape], tensors.numpy_dtype(spec.datatype))
         for spec in bundle.manifest.inputs
     }
-
-
-def _scores(manifest: Manifest, outputs: Feeds) -> Scores | None:
-    """One float a row from the decision output; None where there is no decision."""
-    if manifest.decision is None:
-        return None
-    values: Scores = outputs[manifest.decision.output].astype(np.float64)
-    return values.reshape(-1)
 
 
 def _rows(manifest: Manifest, feeds: Feeds, rows: int) -> Tensor:

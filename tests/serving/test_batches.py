@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
 from edge_agent.config import DriftConfig, EngineConfig, ServingConfig
-from edge_agent.contract.bundle import Bundle, open_bundle
+from edge_agent.contract.bundle import MODEL, Bundle, open_bundle
+from edge_agent.serving.batcher import Batcher, Pending
+from edge_agent.serving.engine import Engine
 from edge_agent.serving.service import Answer, Service
+from edge_agent.serving.tensors import Feeds
 from edge_agent.telemetry.metrics import AgentMetrics
 from tests.quantize import models
 from tests.quantize.models import quantize
@@ -111,5 +118,58 @@ def test_a_caller_that_went_away_costs_nobody_else_an_answer(bundle: Bundle) -> 
         asked[2].cancel()
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert [isinstance(answer, Answer) for answer in answers] == [True, True, False, True, True]
+
+    asyncio.run(story())
+
+
+def test_who_waits_longest_gets_its_own_rows_when_the_others_of_its_batch_gave_up(bundle: Bundle) -> None:
+    """The others' time ran out while the engine was busy with the batch that all of them are in."""
+    rows = models.rows(4, seed=8)
+    release = threading.Event()
+
+    class Held(Engine):
+        def run(self, feeds: Mapping[str, np.ndarray]) -> Feeds:
+            release.wait(20)
+            return super().run(feeds)
+
+        def abort(self) -> None:
+            pass
+
+    async def story() -> None:
+        engine = Held.load(bundle.member(MODEL), EngineConfig())
+        done: dict[int, Feeds | None] = {}
+        everyone = asyncio.Event()
+
+        def finish(requests: list[Pending], result: Any) -> None:
+            for request in requests:
+                number = order.index(request)
+                if result is None:
+                    done[number] = None
+                else:
+                    score = result["score"]
+                    begin = request.begin
+                    done[number] = score[begin : begin + 1] if request.joined else score
+            if len(done) == len(order):
+                everyone.set()
+
+        batcher = Batcher(
+            engine, max_rows=64, joinable=True, inline=False, finish=finish, observe_rows=lambda _: None
+        )
+        now = time.monotonic()
+        patience = [60.0, 0.2, 60.0, 0.2]
+        order = [
+            Pending({"x": row[None]}, 1, now, now + seconds)
+            for row, seconds in zip(rows, patience, strict=True)
+        ]
+        for request in order:
+            batcher.add(request)
+        while len(done) < 2:
+            await asyncio.sleep(0.01)
+        assert done == {1: None, 3: None}
+        release.set()
+        await asyncio.wait_for(everyone.wait(), 20)
+        for number in (0, 2):
+            assert done[number].tobytes() == Engine.run(engine, {"x": rows[number][None]})["score"].tobytes()
+        batcher.close(lambda: None)
 
     asyncio.run(story())
