@@ -111,7 +111,6 @@ def load_model(path: Path, settings: Mapping[str, float] | None = None, *, trust
     axes = _batch_first(proto, notes)
     _float32_doors(proto, notes)
     inputs = _inputs_of(path, proto)
-    runtime.open_session(proto)
     return FloatModel(
         proto=proto,
         original=original,
