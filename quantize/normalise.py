@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from quantize import compare, graph, rewrite, runtime
+from quantize import activations, compare, graph, rewrite, runtime
 from quantize.errors import BadData, BadModel
 from quantize.load import FloatModel
 from quantize.rewrite import IR_VERSION, OPSET
@@ -127,6 +127,7 @@ def normalise(model: FloatModel, inputs: Mapping[str, np.ndarray]) -> NormalForm
     attempt("affine chains and batch norms folded into layers", rewrite.fold_affine)
     attempt("dense layers with one-dimensional bias", rewrite.dense)
     attempt("dead nodes removed", rewrite.remove_dead)
+    attempt("activation functions in one piece", activations.fuse)
     try:
         onnx.checker.check_model(proto)
     except Exception as error:  # the checker raises types of its own
