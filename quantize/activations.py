@@ -1,7 +1,7 @@
 """Activation functions in one piece: what exporters spell out in five nodes becomes one or two.
 
 A tensor that a hard-swish or a Gelu reads twice is dequantized twice, and onnxruntime's own fusions no longer
-see the pattern behind two DQ nodes. So it is put together before anything is quantized. ``normalise`` proves it.
+see the pattern behind two DQ nodes. So it is put together before quantization; ``normalise`` proves it.
 
 ::
 
