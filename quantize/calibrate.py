@@ -240,7 +240,8 @@ def watch(
             yield name, found[name]
     for name in sorted(inputs.intersection(tensors)):
         values = rows.inputs[name]
-        for some in values if values.dtype == object else (values,):  # rows of different lengths
+        ragged = values.dtype == object  # rows of different lengths
+        for some in (row[None] for row in values) if ragged else (values,):
             yield name, some
 
 

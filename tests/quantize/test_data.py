@@ -145,6 +145,10 @@ def test_sequences_of_different_lengths_make_a_bundle(tmp_path):
     assert together["classes"].shape == (24, 3)
     alone = session.run(["classes"], {"x": rows.inputs["x"][7][None]})[0]
     assert np.allclose(together["classes"][7], alone[0], atol=1e-6)
+    assert quantize(path, folder, tmp_path / "out") == 0
+    made = bundle.open_bundle(tmp_path / "out" / "unit-1.2.3")
+    assert [(t.name, t.shape) for t in made.manifest.inputs] == [("x", (-1, 4, -1))]
+    assert dict((t.name, t.shape) for t in made.manifest.outputs)["frames"] == (-1, 32, -1)
 
 
 # -- what does not fit ------------------------------------------------------------------------------------
