@@ -88,6 +88,14 @@ class EngineConfig(_Section, frozen=True):
     inline_below_ms: NotNegative = 2.0  # a model measured faster runs on the event loop, else in a thread
     max_batch_rows: Count = 64
     warmup_runs: Count = 20
+    # Models in memory together, each at twice its file (onnxruntime keeps a packed copy); 0: no limit. Beyond
+    # it the one not asked for longest is unloaded, its rules answer, and the next request brings it back.
+    memory_budget_mb: NotNegative = 0.0
+    stay_seconds: NotNegative = 5.0  # a loaded model stays so long before another comes back in its place
+    # onnxruntime session options by their own names, on top of the profile: a device's remedy, not a setting
+    # (`mlas.disable_kleidiai: "1"` where SME is detected falsely, `session.disable_prepacking: "1"` for less
+    # memory).
+    options: dict[str, str] = {}
 
 
 class ServingConfig(_Section, frozen=True):

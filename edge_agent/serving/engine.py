@@ -72,6 +72,8 @@ class Engine:
         # A hostile model must not fill the memory by folding constants at load.
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "67108864")
         try:
+            for key, value in config.options.items():
+                options.add_session_config_entry(key, value)
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own, unrelated types
             raise EngineError(

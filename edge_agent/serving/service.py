@@ -56,6 +56,7 @@ _REASON_BY_STATE: Final[Mapping[str, str]] = {
     "failed": "model_error",
 }
 _OCTAVES: Final = 10  # scores are counted by doublings, from 2**-10 to 2**10 times the threshold
+_MEMORY_PER_FILE: Final = 2  # onnxruntime keeps the weights and a packed copy of them
 _FAULTS_OF_THE_MODEL: Final = frozenset({"model_error", "non_finite", "deadline", "breaker_open"})
 
 
@@ -161,6 +162,7 @@ class _Release:
     detector: DriftDetector | None = None
     load_seconds: float = 0.0
     stall_seconds: float = 0.0
+    memory: int = 0  # bytes, about
 
 
 PreparedModel = _Release
@@ -186,6 +188,9 @@ class _Slot:
     scores: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * _OCTAVES + 1, np.int64))
     before: Served | None = None  # what the release before came to
     shadow: Shadow | None = None
+    asked: float = 0.0  # when it was asked last, and ...
+    loaded: float = 0.0  # ... when its model came into memory: time.monotonic()
+    made_room: bool = False  # unloaded for others: the next request brings it back
     unwatched: list[tuple[Tensor, Scores]] = field(default_factory=list)
     unwatched_rows: int = 0
     drift: DriftVerdict | None = None
@@ -202,6 +207,7 @@ class Service:
         self._drift = drift
         self._metrics = metrics
         self._slots: dict[str, _Slot] = {}
+        self._loading: set[asyncio.Task[None]] = set()
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -257,11 +263,13 @@ class Service:
         """
         slot, release = self._find(model, version)
         feeds, rows = tensors.conform(release.manifest.inputs, inputs, self._serving.max_request_rows)
-        now = time.monotonic()
+        now = slot.asked = time.monotonic()
         limit = self._serving.deadline_ms / 1000 if deadline is None else deadline
         reason = choose(Facts(slot.state, slot.killed, now < slot.open_until, limit))
         if reason != "ok":
             then(self._by_rules(slot, release, feeds, rows, reason, now))
+            if slot.made_room:
+                self._bring_back(slot)
             return
         assert release.batcher is not None
         waiting = release.batcher.pending_rows
@@ -356,6 +364,7 @@ class Service:
             detector=detector,
             load_seconds=time.perf_counter() - started,
             stall_seconds=stalled,
+            memory=_MEMORY_PER_FILE * manifest.members[MODEL].size,
         )
         release.batcher = Batcher(
             engine,
@@ -384,10 +393,15 @@ class Service:
         self._metrics.model_loaded(name, prepared.load_seconds)
         self._metrics.serving_gap(name, prepared.stall_seconds)
         _retire(before)
+        slot.loaded, slot.made_room = time.monotonic(), False
+        for other in self._in_the_way(slot, prepared.memory):
+            self.degrade(other.name, "unloaded", f"made room for {name}, comes back when it is asked")
+            other.made_room = True
 
     def degrade(self, name: str, state: State, reason: str) -> None:
         """The model cannot answer from now on; its rules do."""
         slot = self._slot(name)
+        slot.made_room = False
         before = slot.release
         if before is not None:
             slot.release = _Release(before.bundle, before.manifest, before.rules, before.metrics)
@@ -482,6 +496,51 @@ class Service:
                     log.exception("model %s: drift cannot be judged", slot.name)
 
     # -- inside --------------------------------------------------------------------------------------------
+
+    def _in_the_way(self, slot: _Slot, memory: int) -> list[_Slot]:
+        """Who must leave for a model of this size, the one not asked for longest first."""
+        budget = self._engine.memory_budget_mb * 1e6
+        if not budget:
+            return []
+        others = [
+            (other.asked, other, other.release.memory)
+            for other in self._slots.values()
+            if other is not slot and other.release is not None and other.release.engine is not None
+        ]
+        total = memory + sum(size for _, _, size in others)
+        leaving = []
+        for _, other, size in sorted(others, key=lambda entry: entry[0]):
+            if total <= budget:
+                break
+            leaving.append(other)
+            total -= size
+        return leaving
+
+    def _bring_back(self, slot: _Slot) -> None:
+        """Load a model that had made room, off the loop; nobody leaves who came a moment ago."""
+        release = slot.release
+        if release is None:
+            return
+        now = time.monotonic()
+        memory = _MEMORY_PER_FILE * release.manifest.members[MODEL].size
+        if any(now - other.loaded < self._engine.stay_seconds for other in self._in_the_way(slot, memory)):
+            return  # two that do not fit together would only load and never answer
+        slot.made_room = False
+
+        async def load(bundle: Bundle) -> None:
+            try:
+                prepared = await self.prepare(bundle)
+                # Meanwhile another release may have been swapped in, or an operator has unloaded it.
+                if slot.release is release and slot.state == "unloaded":
+                    self.swap(prepared)
+            except (ContractError, BadRules) as error:
+                self.degrade(slot.name, "corrupt", str(error))
+            except EngineError as error:
+                self.degrade(slot.name, "failed", str(error))
+
+        task = asyncio.get_running_loop().create_task(load(release.bundle), name=f"load {slot.name}")
+        self._loading.add(task)
+        task.add_done_callback(self._loading.discard)
 
     def _slot(self, name: str) -> _Slot:
         if name not in self._slots:
