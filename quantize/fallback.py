@@ -20,6 +20,10 @@ from quantize import compare
 _TAIL: Final = 0.01  # of the rows of a feature lie beyond its unscaled limits, on either side
 _FAR_OUT: Final = 3.0  # times as far as the furthest calibration row: lolo and hihi
 _DIGITS: Final = 4  # significant digits of what a feature varies by: people read the limits
+_MOST_ROWS: Final = 8192  # that limits come from: their 1 % tails are 80 rows then
+_RIDGE: Final = 0.03  # of the mean energy of a feature
+_GRADIENT_STEPS: Final = 300
+_NO_SAY: Final = 0.02  # of the mean weight: features below are left out of the distance
 _MAD_TO_SIGMA: Final = 1.4826  # median absolute deviation of a normal distribution to its deviation
 
 
@@ -56,6 +60,7 @@ def derive(
     model_alarm_rate: float,
     selection: np.ndarray,
     selection_failed: np.ndarray,
+    calibration_scores: np.ndarray | None = None,
 ) -> RuleSet:
     """The rule set that agrees best with the model at the same alarm rate.
 
@@ -65,7 +70,13 @@ def derive(
         model_alarm_rate: share of them that the model fails.
         selection: (m, f) rows to choose on.
         selection_failed: (m,) bool, what the model decides for them.
+        calibration_scores: (n,) the model's scores of the calibration rows: candidates may then weigh the
+            features of their distance as the model does.
     """
+    if len(calibration) > _MOST_ROWS:
+        every = np.linspace(0, len(calibration) - 1, _MOST_ROWS).round().astype(int)
+        calibration = calibration[every]
+        calibration_scores = None if calibration_scores is None else calibration_scores[every]
     rows = calibration.astype(np.float64)
     normal = _normal_of(rows)
     width = int(normal.varies.sum())
@@ -73,11 +84,17 @@ def derive(
         return RuleSet(tuple(features), default="pass")
     best: tuple[float, RuleSet] | None = None
     rate = model_alarm_rate
-    candidates = [_rule_set(features, normal, rows, None, rate)]
+    weightings: list[np.ndarray | None] = [None]
+    if calibration_scores is not None:
+        weightings.append(_weights_of(normal, rows, calibration_scores))
+    candidates = [_rule_set(features, normal, rows, None, rate, weights) for weights in weightings]
     for votes in sorted({1, 2, 3, max(1, width // 20), max(1, width // 10)}):
         if votes <= width:
             candidates.append(_rule_set(features, normal, rows, (votes, rate), None))
-            candidates.append(_rule_set(features, normal, rows, (votes, rate / 2), rate / 2))
+            candidates += [
+                _rule_set(features, normal, rows, (votes, rate / 2), rate / 2, weights)
+                for weights in weightings
+            ]
     for rules in candidates:
         verdicts = rules.evaluate(selection)
         agreement = float((verdicts.failed == selection_failed).mean())
@@ -144,12 +161,44 @@ def _normal_of(rows: np.ndarray) -> _Normal:
     )
 
 
+def _weights_of(normal: _Normal, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """What each feature's squared distance adds to the model's score: (f,) >= 0, their mean above 0 is 1.
+
+    Least squares with weights that cannot be negative, by projected gradient on the Gram matrix; a ridge
+    pulls towards equal weights, so that features which say little keep a say.
+    """
+    squares = ((rows - normal.centre) / normal.scale) ** 2
+    squares = np.where(normal.varies, np.where(np.isnan(squares), np.nanmean(squares, axis=0), squares), 0.0)
+    # A few rows far out would be all that least squares sees.
+    squares = np.minimum(squares, np.quantile(squares, 1 - _TAIL, axis=0))
+    target = np.minimum(scores.astype(np.float64), np.quantile(scores, 1 - _TAIL))
+    design = np.column_stack([squares, np.ones(len(rows))])
+    gram, moment = design.T @ design, design.T @ target
+    equal = max(
+        float(target @ squares.sum(axis=1)) / max(float((squares.sum(axis=1) ** 2).sum()), 1e-300), 0.0
+    )
+    ridge = _RIDGE * np.trace(gram[:-1, :-1]) / max(int(normal.varies.sum()), 1)
+    gram[:-1, :-1] += ridge * np.eye(len(normal.varies))
+    moment[:-1] += ridge * equal
+    step = 1.0 / np.linalg.norm(gram, 2)
+    weights = np.append(np.full(len(normal.varies), equal), 0.0)
+    for _ in range(_GRADIENT_STEPS):
+        weights -= step * (gram @ weights - moment)
+        weights[:-1] = np.maximum(weights[:-1], 0.0)
+    found = np.where(normal.varies, weights[:-1], 0.0)
+    if found.max(initial=0.0) <= 0:
+        return normal.varies.astype(np.float64)
+    found = found / found[found > 0].mean()
+    return np.where(found > _NO_SAY, found, 0.0)
+
+
 def _rule_set(
     features: Sequence[str],
     normal: _Normal,
     rows: np.ndarray,
     vote: tuple[int, float] | None,
     distance_rate: float | None,
+    weights: np.ndarray | None = None,
 ) -> RuleSet:
     """Rules with limits that vote (k, the alarm rate they get), a distance (its alarm rate), or both."""
     offset = rows - normal.centre
@@ -174,10 +223,14 @@ def _rule_set(
             lolo=_round(centre - far, width),
             hihi=_round(centre + far, width),
         )
-        centres[name] = Centre(_round(centre, width), _round(width, width))
-    squares = (offset[:, normal.varies] / normal.scale[normal.varies]) ** 2
+        weight = 1.0 if weights is None else float(f"{weights[column]:.2g}")
+        if weight > 0:
+            centres[name] = Centre(_round(centre, width), _round(width, width), weight)
+    say = np.array([centres[name].weight if name in centres else 0.0 for name in features])
+    squares = (offset[:, say > 0] / normal.scale[say > 0]) ** 2
     present = ~np.isnan(squares)
-    mean = np.where(present, squares, 0.0).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
+    total = np.maximum((present * say[say > 0]).sum(axis=1), 1e-300)
+    mean = (np.where(present, squares, 0.0) * say[say > 0]).sum(axis=1) / total
     limit = 0.0 if distance_rate is None else _upper(np.sqrt(mean), distance_rate)
     return RuleSet(
         tuple(features),

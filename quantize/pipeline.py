@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
 
+import numpy as np
+
 from edge_agent.contract import baseline, golden, wire
 from edge_agent.contract import bundle as bundles
 from edge_agent.contract.bundle import Bundle
@@ -152,9 +154,7 @@ def _members(
         judged = judge.judge(int8.path, parts.judgement)
         labels = model.trim(parts.judgement).labels
         spread = decide.spread_of(judged.outputs[model.score], labels, verdict.threshold)
-        rules = _fallback(
-            model, int8, verdict.threshold, float((scores > verdict.threshold).mean()), judge, parts
-        )
+        rules = _fallback(model, int8, verdict.threshold, scores, judge, parts)
     if rules is not None:
         files[bundles.RULES] = rules.rules.to_yaml().encode()
     features = parts.calibration.features
@@ -198,7 +198,7 @@ def _fallback(
     model: PreparedModel,
     int8: Int8Model,
     threshold: float,
-    alarm_rate: float,
+    scores: np.ndarray,
     judge: Judge,
     parts: Parts,
 ) -> Fallback | None:
@@ -206,14 +206,15 @@ def _fallback(
     features = parts.calibration.features
     if features is None or model.score is None:
         return None
+    alarm_rate = float((scores > threshold).mean())
     name = model.inputs[0].name
-    calibration = parts.calibration.inputs[name]
+    calibration = model.trim(parts.calibration).inputs[name]
     failed = {}
     for part in (parts.selection, parts.judgement):
         failed[id(part)] = judge.judge(int8.path, part).outputs[model.score] > threshold
     selection, judgement = model.trim(parts.selection), model.trim(parts.judgement)
     rules = fallback.derive(
-        features, calibration, alarm_rate, selection.inputs[name], failed[id(parts.selection)]
+        features, calibration, alarm_rate, selection.inputs[name], failed[id(parts.selection)], scores
     )
     return fallback.judge(
         rules,

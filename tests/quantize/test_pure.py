@@ -89,3 +89,36 @@ def test_derived_rules_alarm_as_often_as_the_model_and_read_well():
 def test_features_that_never_vary_leave_rules_that_pass():
     rules = fallback.derive(("a",), np.ones((50, 1)), 0.0, np.ones((5, 1)), np.zeros(5, bool))
     assert not rules.evaluate(np.array([[1.0], [99.0]])).failed.any()
+
+
+def test_rules_weigh_features_as_the_model_does_where_its_scores_are_known():
+    """A model that looks at two of twenty features: a distance over all twenty drowns them."""
+    random = np.random.default_rng(3)
+    features = tuple(f"f{index}" for index in range(20))
+    rows = random.standard_normal((2000, 20)) * np.logspace(-2, 3, 20)
+    rows[1000:1060, 3] *= 4
+    units = (rows / np.logspace(-2, 3, 20)) ** 2
+    scores = 3 * units[:, 3] + units[:, 7]
+    calibration, held_out = rows[:800], rows[800:]
+    threshold = np.quantile(scores[:800], 0.99)
+    failed = scores[800:] > threshold
+    found = {}
+    for known in (None, scores[:800]):
+        rules = fallback.derive(features, calibration, 0.01, held_out[::2], failed[::2], known)
+        judged = fallback.judge(rules, calibration, 0.01, held_out[1::2], failed[1::2], None)
+        found[known is not None] = judged
+        assert judged.alarm_rate <= 0.011
+    assert found[True].agreement > 0.99
+    assert found[True].agreement > found[False].agreement
+    assert found[True].auc_model > 0.99
+    distance = found[True].rules.distance
+    assert max(distance.features, key=lambda name: distance.features[name].weight) == "f3"
+
+
+def test_rules_of_many_rows_take_no_longer_than_of_a_sample():
+    random = np.random.default_rng(4)
+    rows = random.standard_normal((60_000, 8)).astype(np.float32)
+    scores = (rows**2).mean(axis=1)
+    failed = scores[:500] > 2.5
+    rules = fallback.derive(tuple("abcdefgh"), rows, 0.005, rows[:500], failed, scores)
+    assert (rules.evaluate(rows).failed.mean() - 0.005) < 0.003
