@@ -356,7 +356,6 @@ class _Writer:
     def __init__(self, graph: onnx.GraphProto, plan: Plan, recipe: Recipe) -> None:
         self._graph, self._plan, self._recipe = graph, plan, recipe
         self._wiring = _Wiring(graph)
-        self._arrays: dict[str, np.ndarray] = {}
         self._static = {
             layer.node: layer for layer in plan.layers if recipe.modes.get(layer.node) is Mode.STATIC
         }
@@ -533,9 +532,7 @@ class _Writer:
         ]
 
     def _array(self, name: str) -> np.ndarray:
-        if name not in self._arrays:
-            self._arrays[name] = np.asarray(numpy_helper.to_array(self._wiring.weights[name]), np.float64)
-        return self._arrays[name]
+        return np.asarray(numpy_helper.to_array(self._wiring.weights[name]), np.float64)
 
     def _layer(self, node: onnx.NodeProto, layer: Layer) -> None:
         """Weight and bias of a static layer as DQ of int8 and int32 constants."""

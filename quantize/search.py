@@ -379,9 +379,12 @@ class _Search:
                 return math.inf
             return float(10 ** (-found.sqnr / 10))
 
-        with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as threads:
+        threads = ThreadPoolExecutor(min(2, os.cpu_count() or 1))
+        try:
             for (layer, mode), power in zip(wanted, threads.map(noise, wanted), strict=True):
                 self._alone[layer.node, mode] = power
+        finally:
+            threads.shutdown(cancel_futures=True)  # Ctrl-C waits for two of them, not for all
 
     def _steps(self, best: _Trial) -> list[tuple[Layer, Mode, float]]:
         """Layers to raise with the form they get and the noise that takes away, worst bargain first."""
