@@ -90,6 +90,7 @@ class Tracked:
 
     record: UpdateRecord
     saved: UpdateRecord
+    refused: bool = False  # the disk would not have `record`; it is tried again, and said once
     active_since: float = 0.0  # monotonic: when the release on probation went live, or this process began
     proven: tuple[Any, ...] | None = None  # the fingerprint of the release that was last hashed and right
     damaged: bool = False
@@ -185,9 +186,11 @@ class Ledger:
         except StoreError as error:
             if not tolerant:
                 raise
-            logger.error("model %s: the update state is not on disk: %s", model, error)
+            if not tracked.refused:
+                logger.error("model %s: the update state is not on disk: %s", model, error)
+            tracked.refused = True
         else:
-            tracked.saved = tracked.record
+            tracked.saved, tracked.refused = tracked.record, False
 
     async def finish(
         self, model: str, event: Event, result: Result, reason: str, message: str

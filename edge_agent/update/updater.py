@@ -424,6 +424,8 @@ class Updater:
                     self._known.outcome = outcome
                 elif verdict is Verdict.UNHEALTHY:
                     self._known.outcome = await self._take_back(model, Event.UNHEALTHY, reason, message)
+            # What was said and the disk refused to keep: a restart must not find the state before it.
+            await self._ledger.save(model, tolerant=True)
 
     def _observe(self, model: str, candidate: Release) -> Observed:
         assert self._serving is not None
