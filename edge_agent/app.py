@@ -72,7 +72,7 @@ async def run(
     try:
         metrics = AgentMetrics(CollectorRegistry(), config.device, __version__)
         service = Service(config.serving, config.engine, config.drift, metrics)
-        updater = Updater(config.updates, config.device, store, service, metrics)
+        updater = Updater(config.updates, config.device, store, service, metrics, engine=config.engine)
         agent = Agent(config, store, service, updater)
         control = Path(config.store) / CONTROL_SOCKET
         http = HttpServer(config.http, service, metrics, admin=agent, unix_path=control)
@@ -319,6 +319,10 @@ class Agent:
     async def rollback(self, model: str | None) -> dict[str, Any]:
         """Go back to the previous release at once."""
         return (await self._updater.roll_back(model)).as_dict()
+
+    async def hold(self, until: str | None, reason: str, *, release: bool) -> dict[str, Any]:
+        """Let no update begin, until a time or until it is released."""
+        return await (self._updater.release_hold() if release else self._updater.hold(until, reason))
 
     async def load(self, model: str) -> None:
         """Load a model again from the store."""

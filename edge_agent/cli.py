@@ -1,4 +1,4 @@
-"""edge-agent: run | status | verify | install | rollback | load | unload | bench | token.
+"""edge-agent: run | status | verify | install | rollback | hold | load | unload | bench | token.
 
 Exit codes: 0 done, 1 an expected failure (one line on stderr), 2 usage, 3 a fault of ours (a traceback), 130
 interrupted. With ``--json`` the result is one JSON object on stdout.
@@ -19,6 +19,7 @@ import os
 import socket
 import sys
 import tempfile
+import time
 import traceback
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -115,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     install.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle folder or .tar")
     back = with_store(verb("rollback", _rollback, "go back to the previous release, at once and offline"))
     back.add_argument("model", nargs="?", metavar="MODEL", help="needed where there are several")
+    hold = with_store(verb("hold", _hold, "let no update begin until a time, or until it is released"))
+    hold.add_argument("--until", metavar="TIME", help="ISO 8601, local: 2026-11-21T22:00 (default: no end)")
+    hold.add_argument("--reason", default="", metavar="TEXT", help="shown to whoever asks for the status")
+    hold.add_argument("--release", action="store_true", help="end the hold instead")
     for name, text in (
         ("load", "load a model of the store again, in the running agent"),
         ("unload", "free a model's memory in the running agent; its rules answer until it is loaded again"),
@@ -201,6 +206,9 @@ def _status(arguments: argparse.Namespace) -> int:
         print(f"model    {model['name']} {model['version'] or '-'}   {model['state']}{reason}")
     if not report["models"]:
         print("model    none: edge-agent install BUNDLE")
+    hold = report["updates"].get("hold") or {}
+    if hold.get("held"):
+        print(f"held     {hold['reason']}" + (f" until {hold['until']}" if hold["until"] else ""))
     for name, record in report["updates"].get("models", {}).items():
         last = record.get("last_result") or "none yet"
         why = f" ({record['last_reason']})" if record.get("last_reason") else ""
@@ -212,6 +220,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _status_of_store(config: Config) -> dict[str, Any]:
     from edge_agent.store.store import Store
+    from edge_agent.update.holds import NOT_HELD, Holds
 
     store = Store.read(Path(config.store))
     models: list[dict[str, Any]] = []
@@ -239,7 +248,9 @@ def _status_of_store(config: Config) -> dict[str, Any]:
                 "reason": reason,
             }
         )
-    return {"device": config.device, "store": config.store, "models": models, "updates": {"models": records}}
+    hold = Holds(Path(config.store), config.updates.windows).in_force(time.time())
+    updates = {"models": records, "hold": hold.as_dict() if hold else NOT_HELD}
+    return {"device": config.device, "store": config.store, "models": models, "updates": updates}
 
 
 def _opened(path: Path, folder: str) -> Bundle:
@@ -338,6 +349,34 @@ def _rollback(arguments: argparse.Namespace) -> int:
     return _command(arguments, "/admin/rollback", {"model": arguments.model}, alone)
 
 
+def _hold(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    body = {"until": arguments.until, "reason": arguments.reason, "release": arguments.release}
+    said = _ask(config, "POST", "/admin/hold", body)
+    if said is None:
+        said = _hold_of_store(config, arguments)
+    if arguments.json:
+        _print_json(said)
+    elif said["held"]:
+        end = f" until {said['until']}" if said["until"] else ""
+        print(f"updates are held{end}: {said['reason']}")
+    else:
+        print("updates are not held")
+    return 0
+
+
+def _hold_of_store(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where no agent runs: the file that the next one will find."""
+    from edge_agent.update.holds import NOT_HELD, Holds
+
+    holds, now = Holds(Path(config.store), config.updates.windows), time.time()
+    if not arguments.release:
+        return holds.set(arguments.until, arguments.reason, now).as_dict()
+    holds.release()
+    hold = holds.in_force(now)
+    return hold.as_dict() if hold else NOT_HELD
+
+
 def _change(what: str, arguments: argparse.Namespace) -> int:
     """Load or unload: only a running agent has anything in memory."""
     config = _config(arguments)
@@ -364,7 +403,7 @@ def _command(
 
         store = Store.open(Path(config.store))
         try:
-            updater = Updater(config.updates, config.device, store, None, None)
+            updater = Updater(config.updates, config.device, store, None, None, engine=config.engine)
             outcome = asyncio.run(alone(updater)).as_dict()
         finally:
             store.close()

@@ -52,6 +52,7 @@ class Admin(Protocol):
     async def status(self) -> dict[str, Any]: ...  # noqa: D102
     async def install(self, path: str) -> dict[str, Any]: ...  # noqa: D102
     async def rollback(self, model: str | None) -> dict[str, Any]: ...  # noqa: D102
+    async def hold(self, until: str | None, reason: str, *, release: bool) -> dict[str, Any]: ...  # noqa: D102
     async def load(self, model: str) -> None: ...  # noqa: D102
     async def unload(self, model: str) -> None: ...  # noqa: D102
 
@@ -218,6 +219,8 @@ class Routes:
                 return Route({b"POST": self._install}, admin=True)
             case ["admin", "rollback"]:
                 return Route({b"POST": self._rollback}, admin=True)
+            case ["admin", "hold"]:
+                return Route({b"POST": self._hold}, admin=True)
             case ["v2", "models", "stats"]:
                 return Route({b"GET": self._statistics})
             case ["v2", "models", model, "versions", named, *rest]:
@@ -384,6 +387,15 @@ class Routes:
         if model is not None and not isinstance(model, str):
             raise InvalidInput("model: expected a model's name or null")
         self._run(exchange, self._offered().rollback(model))
+
+    def _hold(self, exchange: Exchange, _: Route) -> None:
+        asked = _object(exchange.body()) if exchange.size else {}
+        until, reason, release = asked.get("until"), asked.get("reason", ""), asked.get("release", False)
+        if until is not None and not isinstance(until, str):
+            raise InvalidInput("until: expected an ISO 8601 time or null")
+        if not isinstance(reason, str) or not isinstance(release, bool):
+            raise InvalidInput("reason, release: expected a text and true or false")
+        self._run(exchange, self._offered().hold(until, reason, release=release))
 
     def _load(self, exchange: Exchange, route: Route) -> None:
         assert route.model is not None

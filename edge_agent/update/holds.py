@@ -98,6 +98,7 @@ class Holds:
             if end <= now:
                 raise InvalidInput(f"until: {_iso(end)} is over; give a time to come")
         text = " ".join(reason.split())[:200] or "held by hand"
+        Disk().make_durable_dir(self._file.parent)
         Disk().write_durable(self._file, f"{_iso(end) if end is not None else ''}\n{text}\n".encode())
         return Hold("file", text, end)
 

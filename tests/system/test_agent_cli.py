@@ -287,3 +287,21 @@ def test_a_model_is_unloaded_and_loaded_in_the_running_agent(agent, bundle):
     assert json.loads(done.stdout) == {"model": "demo", "result": "loaded"}
     assert agent.predict([1, 1, 1, 1])["source"] == "model"
     one_line(run_cli("edge-agent", "load", "absent/../x", "--config", agent.config), "absent/../x", "demo")
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_updates_are_held_and_released_by_hand(agent, running):
+    if running:
+        agent.start()
+    asked = ("--until", "2999-01-01T06:00", "--reason", "audit")
+    done = run_cli("edge-agent", "hold", *asked, "--config", agent.config)
+    assert done.returncode == 0, done
+    assert "updates are held until 2999-01-01T06:00:00" in done.stdout
+    assert (agent.store / "hold").exists()
+    status = run_cli("edge-agent", "status", "--config", agent.config).stdout
+    assert "held     audit until 2999" in status
+    done = run_cli("edge-agent", "hold", "--until", "yesterday", "--config", agent.config)
+    assert (done.returncode, "no time" in done.stderr) == (1, True)
+    done = run_cli("edge-agent", "hold", "--release", "--json", "--config", agent.config)
+    assert json.loads(done.stdout)["held"] is False
+    assert not (agent.store / "hold").exists()

@@ -358,6 +358,10 @@ class _Recorder:
         self.asked.append(model)
         return {}
 
+    async def hold(self, until: str | None, reason: str, *, release: bool) -> dict[str, Any]:
+        self.asked.append((until, reason, release))
+        return {}
+
     async def load(self, model: str) -> None:
         self.asked.append(("load", model))
 
@@ -392,7 +396,9 @@ def test_the_control_socket_administers_and_the_port_does_not(
     assert _control(path, _post("/admin/rollback", b""))[1] == {}
     assert _control(path, _post("/admin/rollback", b'{"model": "demo"}'))[1] == {}
     assert _control(path, _post("/v2/repository/models/demo/load", b""))[1] == {}
-    assert admin.asked == ["/x", None, "demo", ("load", "demo")]
+    assert _control(path, _post("/admin/hold", b'{"until": "2999-01-01", "reason": "audit"}'))[1] == {}
+    assert admin.asked == ["/x", None, "demo", ("load", "demo"), ("2999-01-01", "audit", False)]
+    assert _control(path, _post("/admin/hold", b'{"until": 7}'))[0] == b"HTTP/1.1 400 Bad Request"
     assert _control(path, _predict(3))[1]["score"] == 9.0
 
     status, body = _control(path, _post("/admin/install", b"{}"))
