@@ -1,9 +1,9 @@
 """The two dense autoencoders that pruning is measured on, trained here with numpy: nothing to download.
 
 512 correlated sensors follow 24 slow latent processes (AR(1)) plus noise of their own; an anomaly disturbs
-8 to 40 of them with noise as large as their signal. Run ``python -m benchmarks.autoencoders FOLDER [narrow|wide]`` to train
-one into ``FOLDER/NAME/{model.onnx, calibration.npz, validation.npz}``; what is there is kept. The wide one
-takes about ten minutes on two cores.
+8 to 40 of them with noise as large as their signal. ``python -m benchmarks.autoencoders FOLDER [NAME]``
+trains one (narrow or wide) into ``FOLDER/NAME/{model.onnx, calibration.npz, validation.npz}``; what is there
+is kept. The wide one takes about ten minutes on two cores.
 """
 
 from __future__ import annotations

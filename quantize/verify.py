@@ -84,6 +84,7 @@ def verify_bundle(path: Path, *, emulate: Path | None = None) -> Verification:
     """
     try:
         bundle = bundles.open_bundle(path)
+        bundle.verify()
         wanted = vectors.parse((path / vectors.FILE_NAME).read_bytes())
     except (ContractError, OSError) as error:
         raise QuantizeError(f"bundle {path}: {error}") from error
