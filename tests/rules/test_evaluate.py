@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -54,6 +54,7 @@ any_rows = arrays.arrays(
 )
 
 
+@settings(deadline=None)
 @given(any_rows, st.sampled_from(["ok", "violation", "fail"]), st.sampled_from(["pass", "fail"]))
 def test_every_row_gets_a_finite_score_and_the_score_decides(
     rows: np.ndarray, count_as: CountAs, default: Decision
@@ -70,6 +71,7 @@ def test_every_row_gets_a_finite_score_and_the_score_decides(
         assert (verdicts.failed == (verdicts.score > 1)).all()
 
 
+@settings(deadline=None)
 @given(any_rows)
 def test_a_row_is_judged_alike_alone_and_in_company(rows: np.ndarray) -> None:
     together = EVERYTHING.evaluate(rows).score
@@ -80,6 +82,7 @@ def test_a_row_is_judged_alike_alone_and_in_company(rows: np.ndarray) -> None:
 finite = st.floats(-1e6, 1e6)
 
 
+@settings(deadline=None)
 @given(st.tuples(finite, finite, finite, finite), st.integers(0, 3), st.floats(1, 100))
 def test_moving_further_out_never_lowers_the_score(
     row: tuple[float, ...], column: int, factor: float
@@ -124,6 +127,7 @@ def test_weights_are_votes() -> None:
     assert not failed(weighted, 1, 1, 9, 0)
 
 
+@settings(deadline=None)
 @given(arrays.arrays(np.float64, (7, 4), elements=finite), st.integers(1, 4))
 def test_equal_weights_count_like_votes_without_weight(rows: np.ndarray, k: int) -> None:
     limits = {name: Limit(-1, 1) for name in FEATURES}

@@ -10,7 +10,9 @@ import pytest
 
 from edge_agent.errors import BadRules
 from edge_agent.rules.evaluate import Centre, Distance, Limit, Missing, RuleSet, constant
-from edge_agent.rules.parse import MAX_BYTES, parse, to_yaml
+from edge_agent.rules.parse import MAX_BYTES
+
+parse = RuleSet.parse
 
 FEATURES = ("oil_temperature", "oil_pressure", "vibration")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "rules.md"
@@ -53,7 +55,7 @@ def test_what_is_written_reads_back_equal() -> None:
         votes=1.5,
         distance=Distance(2.25, {"ärger": Centre(-1.0, 0.125), "1": Centre(0.1 + 0.2, 3.0, 2.0)}),
     )
-    assert parse(to_yaml(written), written.features) == written
+    assert parse(written.to_yaml(), written.features) == written
     assert parse(written.to_yaml().encode(), written.features) == written
 
 
@@ -62,7 +64,7 @@ def test_the_last_resort_reads_back_equal() -> None:
 
 
 def test_written_rules_explain_themselves() -> None:
-    text = to_yaml(rules("limits: {vibration: {high: 4.5}}"))
+    text = rules("limits: {vibration: {high: 4.5}}").to_yaml()
     assert text.startswith("# Fallback rules")
     assert "  vibration: {high: 4.5}\n" in text
 
@@ -125,8 +127,8 @@ def test_what_is_not_understood_is_refused_in_one_line(text: str, says: str) -> 
         ("", "expected keys and values"),
         ("format: 1", "default is missing; add default: fail or default: pass"),
         ("format: 1\ndefault: maybe", "expected one of: fail, pass"),
-        ("default: fail", "format is None, this program reads 1"),
-        ("format: 2\ndefault: fail", "format is 2, this program reads 1"),
+        ("default: fail", "format is empty, this program reads 1 and 2"),
+        ("format: 3\ndefault: fail", "format is 3, this program reads 1 and 2"),
         ("\x00", "not YAML"),
     ],
 )
