@@ -38,6 +38,15 @@ class Pending:
     joined: bool = False  # the outputs hold the rows of others, too
 
 
+@dataclass(slots=True)
+class Timings:
+    """Where the time of computed requests went, in seconds, by request: a batch of three counts thrice."""
+
+    requests: int = 0
+    waiting: float = 0.0  # until the engine took them up
+    computing: float = 0.0
+
+
 Finish = Callable[[list[Pending], Feeds | EngineError | None], None]
 """Told once per request: requests, and the outputs of their whole batch, the engine's error, or None if the
 time ran out. The rows of a request are ``begin`` to ``begin + rows``."""
@@ -72,6 +81,7 @@ class Batcher:
         self._closing: Callable[[], None] | None = None
         self._buffers: Feeds = {}
         self.pending_rows = 0
+        self.timings = Timings()  # written where the engine runs, one batch at a time
 
     def add(self, request: Pending) -> None:
         """Queue a request; it is computed at the end of this turn of the loop."""
@@ -162,6 +172,15 @@ class Batcher:
     # -- in the engine's thread, or on the loop if it runs inline: one at a time -----------------------------
 
     def _compute(self, batch: list[Pending]) -> list[_Outcome]:
+        began = time.monotonic()
+        outcomes = self._compute_together(batch)
+        requests, timings = len(batch), self.timings
+        timings.requests += requests
+        timings.waiting += requests * began - sum([request.started for request in batch])
+        timings.computing += requests * (time.monotonic() - began)
+        return outcomes
+
+    def _compute_together(self, batch: list[Pending]) -> list[_Outcome]:
         if len(batch) > 1:
             for request in batch:
                 request.joined = True

@@ -36,7 +36,7 @@ from edge_agent.drift.detector import DriftDetector, DriftVerdict
 from edge_agent.errors import BadRules, EngineError, InvalidInput, Overloaded, Unavailable, UnknownModel
 from edge_agent.rules.evaluate import RuleSet, constant
 from edge_agent.serving import tensors
-from edge_agent.serving.batcher import Batcher, Pending
+from edge_agent.serving.batcher import Batcher, Pending, Timings
 from edge_agent.serving.decision import Scores, fails, on_the_models_scale
 from edge_agent.serving.engine import Engine
 from edge_agent.serving.shadow import Shadow, ShadowReport
@@ -477,6 +477,11 @@ class Service:
         shadow, slot.shadow = slot.shadow, None
         if shadow is not None:
             await shadow.stop()
+
+    def timings(self, name: str) -> Timings:
+        """Where the time of what the current release computed went."""
+        release = self._slots[name].release if name in self._slots else None
+        return release.batcher.timings if release is not None and release.batcher is not None else Timings()
 
     def running(self, name: str) -> str | None:
         """The digest of the release whose model answers; None if the rules do."""

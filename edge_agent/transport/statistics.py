@@ -4,7 +4,9 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 Rows are counted, as Triton does: three rows in one request are three inferences. ``fail`` stays 0: a request
 that the model cannot answer is answered by the rules (``fallback_count``, ours), and one that is refused
-never reaches a model (``edge_requests_total``).
+never reaches a model (``edge_requests_total``). ``queue`` and ``compute_infer`` are those of the release
+since it was loaded; ``compute_input`` and ``compute_output`` stay 0: joining and splitting are inside
+``compute_infer``.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 from edge_agent.contract import metric_names as names
 from edge_agent.errors import Unavailable
+from edge_agent.serving.batcher import Timings
 from edge_agent.serving.service import Service
 from edge_agent.telemetry.metrics import AgentMetrics
 
@@ -32,11 +35,12 @@ def of_models(
             manifest = service.manifest(name, version)
         except Unavailable:  # known, and nothing of it can be read: it has answered nothing
             continue
-        reports.append(_of_release(metrics, manifest.name, str(manifest.version)))
+        timings = service.timings(manifest.name)
+        reports.append(_of_release(metrics, timings, manifest.name, str(manifest.version)))
     return {"model_stats": reports}
 
 
-def _of_release(metrics: AgentMetrics, model: str, version: str) -> dict[str, Any]:
+def _of_release(metrics: AgentMetrics, timings: Timings, model: str, version: str) -> dict[str, Any]:
     labels = {"model": model, "version": version}
     rows = fallback_rows = 0.0
     for family in metrics.registry.collect():
@@ -50,7 +54,10 @@ def _of_release(metrics: AgentMetrics, model: str, version: str) -> dict[str, An
     def count(metric: names.Metric, suffix: str) -> float:
         return read(f"{metric.name}_{suffix}", labels) or 0.0
 
-    none = {"count": 0, "ns": 0}
+    def duration(requests: float, seconds: float) -> dict[str, int]:
+        return {"count": round(requests), "ns": round(seconds * 1e9)}
+
+    none = duration(0, 0)
     return {
         "name": model,
         "version": version,
@@ -59,14 +66,13 @@ def _of_release(metrics: AgentMetrics, model: str, version: str) -> dict[str, An
         "execution_count": round(count(names.BATCH_ROWS, "count")),
         "fallback_count": round(fallback_rows),
         "inference_stats": {
-            "success": {
-                "count": round(count(names.INFERENCE_SECONDS, "count")),
-                "ns": round(count(names.INFERENCE_SECONDS, "sum") * 1e9),
-            },
+            "success": duration(
+                count(names.INFERENCE_SECONDS, "count"), count(names.INFERENCE_SECONDS, "sum")
+            ),
             "fail": none,
-            "queue": none,
+            "queue": duration(timings.requests, timings.waiting),
             "compute_input": none,
-            "compute_infer": none,
+            "compute_infer": duration(timings.requests, timings.computing),
             "compute_output": none,
         },
         "batch_stats": [],

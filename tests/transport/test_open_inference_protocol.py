@@ -169,6 +169,7 @@ def test_statistics_count_what_was_answered(
     before = time.time()
     stock.infer("demo", [_tensor(binary=True)])
     stock.infer("demo", [_tensor(binary=True)])
+    (computed,) = stock.get_inference_statistics("demo")["model_stats"]
     agent.unload("demo")
     stock.infer("demo", [_tensor(binary=True)])
 
@@ -176,6 +177,11 @@ def test_statistics_count_what_was_answered(
 
     assert stats["inference_count"] == 9
     assert stats["execution_count"] == 2
+    assert computed["inference_stats"]["compute_infer"]["count"] == 2
+    assert computed["inference_stats"]["queue"]["count"] == 2
+    times = {name: duration["ns"] for name, duration in computed["inference_stats"].items()}
+    assert 0 < times["compute_infer"] < times["success"]
+    assert 0 < times["queue"] + times["compute_infer"] <= times["success"]
     assert stats["fallback_count"] == 3
     assert before * 1000 - 1 <= stats["last_inference"] <= time.time() * 1000 + 1
     success = stats["inference_stats"]["success"]
