@@ -160,6 +160,10 @@ def _read(path: Path, trust: bool) -> tuple[onnx.ModelProto, Digest, int]:
         raise BadModel(f"model {path} is not a valid ONNX file: {runtime.one_line(error)}") from error
     if not proto.graph.node:
         raise BadModel(f"model {path} is not a valid ONNX model: its graph is empty")
+    for node in all_nodes(proto):
+        # protobuf hands out bytes where a text is not UTF-8: a damaged file
+        if not all(isinstance(text, str) for text in (node.op_type, node.domain, *node.input, *node.output)):
+            raise BadModel(f"model {path} is not a valid ONNX file: it holds names that are not text")
     digest, external = _external_data(path, proto)
     if size + external > MAX_BYTES:
         raise BadModel(f"model {path} has {(size + external) / 1e9:.1f} GB, at most 2 GB can be quantized")

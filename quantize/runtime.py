@@ -81,7 +81,12 @@ def open_session(
         options.optimized_model_filepath = str(optimized)
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     try:
-        session: Session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session: Session = onnxruntime.InferenceSession(
+            source,
+            options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=0,  # which prints to stdout and tries the same again
+        )
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         if optimized is not None and "serialization failed" in str(error):
             # It could not write the file, and does not say why: what Python's own write would have said.

@@ -381,3 +381,30 @@ def test_onnxruntime_does_not_write_to_the_terminal_what_is_tried_and_fails(tmp_
     with pytest.raises(BadModel):
         runtime.run(session, {"x": np.zeros((1, 3), np.float32)})
     assert capfd.readouterr().err == ""
+
+
+def test_a_damaged_file_is_refused_in_one_line_or_still_runs(tmp_path, capfd):
+    """Bytes changed and files cut at random, the structure more often than the weights."""
+    random = np.random.default_rng(5)
+    whole = (
+        models.convolution(tmp_path / "a.onnx").read_bytes(),
+        models.autoencoder(tmp_path / "b.onnx", opset=11, constants=True).read_bytes(),
+    )
+    refused = 0
+    for turn in range(80):
+        damaged = bytearray(whole[turn % 2])
+        for _ in range(int(random.integers(1, 4))):
+            near = int(random.integers(0, 800))
+            damaged[near if random.random() < 0.5 else -1 - near] = int(random.integers(256))
+        if turn % 4 == 3:
+            damaged = damaged[: int(random.integers(1, len(damaged)))]
+        (tmp_path / "damaged.onnx").write_bytes(damaged)
+        try:
+            model = load_model(tmp_path / "damaged.onnx")
+            shapes = {entry.name: (12, *(abs(size) for size in entry.shape[1:])) for entry in model.inputs}
+            normalise(model, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+        except BadModel as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 20
+    assert capfd.readouterr().out == ""
