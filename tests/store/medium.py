@@ -111,6 +111,7 @@ class Medium:
         # (folder, name) or file -> everything it has been since it was last certain
         self._pending: dict[tuple[int, str] | int, list[int | bytes | None]] = {}
         self._dropped: set[int] = set()
+        self._carried: set[tuple[int, str] | int] = set()
 
     @property
     def live(self) -> Image:
@@ -148,8 +149,18 @@ class Medium:
                 ]
             else:
                 other._pending[new(key)] = list(values)
+        other.mark()
         other._dropped = {new(number) for number in self._dropped}
         return other
+
+    def mark(self) -> None:
+        """Remember what is pending now: somebody else's, or of a call that failed."""
+        self._carried = set(self._pending)
+
+    @property
+    def carries(self) -> bool:
+        """Whether any of what was pending at ``mark`` still is."""
+        return not self._carried.isdisjoint(self._pending)
 
     def observe(self) -> None:
         """Look what has changed since the last look."""
@@ -288,14 +299,14 @@ class RecordingDisk(Disk):
     ) -> None:
         self.medium = medium or Medium(root)
         self.calls: list[str] = []
-        self._at_each = at_each
+        self.at_each = at_each
         self._refuse = refuse or (0, errno.EIO)
         self._forget = forget
 
     def before(self, call: str, path: Path) -> None:
         self.medium.observe()
         self.calls.append(call)
-        self._at_each(len(self.calls), call, self.medium)
+        self.at_each(len(self.calls), call, self.medium)
         number, error = self._refuse
         if len(self.calls) == number:
             if call == "fsync":
