@@ -142,6 +142,8 @@ def saving_of(
     """What a layer saves as INT8 with Q and DQ around it: seconds of one row (perhaps none), and bytes."""
     shapes = {name: tuple(tensor.dims) for name, tensor in weights.items()}
     macs, elements, depthwise = _macs(node, sizes.elements, shapes)
+    if node.op_type == "Gather":  # reads the rows that are asked for: nothing to gain but bytes
+        return 0.0, 3 * int(np.prod(shapes[node.input[0]]))
     around = sum(_size(name, sizes.elements) for name in (node.input[0], *node.output) if name)
     int8_macs = target.float_macs if depthwise else target.int8_macs
     before = max(macs / target.float_macs, 4 * elements / target.memory_bytes)

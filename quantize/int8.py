@@ -41,6 +41,7 @@ _JOINS: Final = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
 _FEWEST_SCALES: Final = 1e-12  # a scale below this is a channel of nothing but zeros
 _INT32_ROOM: Final = float(2**30)  # half of int32: the accumulator needs the other half
 _TAKEN_FOR_INT8: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_SMALLEST_TABLE: Final = 1 << 14  # numbers; smaller ones are not worth two more nodes
 _MICROSOFT: Final = "com.microsoft"
 
 
@@ -85,15 +86,18 @@ class Plan:
         kept = []
         for layer in self.layers:
             known = layer.activation in ranges and (layer.kind != "Conv" or layer.result in ranges)
+            known = known or layer.kind == "Gather"
             modes = tuple(mode for mode in layer.modes if mode is not Mode.STATIC or known)
             if modes:
                 kept.append(replace(layer, modes=modes))
         return replace(self, layers=tuple(kept))
 
     def dynamic(self) -> dict[int, Mode]:
-        """Every layer that has a dynamic form in it, the others in float."""
+        """Every layer that has a dynamic form in it, tables in INT8, the others in float."""
+        other = {"Gather": Mode.STATIC}
         return {
-            layer.node: Mode.DYNAMIC if Mode.DYNAMIC in layer.modes else Mode.FLOAT for layer in self.layers
+            layer.node: Mode.DYNAMIC if Mode.DYNAMIC in layer.modes else other.get(layer.kind, Mode.FLOAT)
+            for layer in self.layers
         }
 
 
@@ -139,7 +143,7 @@ def plan_of(proto: onnx.ModelProto) -> Plan:
     # Which of them are needed depends on the forms chosen later: all that may be are watched in one pass.
     watched: set[str] = set()
     for layer in layers:
-        if Mode.STATIC not in layer.modes:
+        if Mode.STATIC not in layer.modes or layer.kind == "Gather":
             continue
         watched.add(layer.activation)
         watched.update(wiring.sources(layer.activation))
@@ -231,8 +235,16 @@ def _read_inside(node: onnx.NodeProto) -> set[str]:
 
 def _layer_of(position: int, node: onnx.NodeProto, wiring: _Wiring) -> Layer | None:
     weights = wiring.weights
+    if node.op_type == "Gather":
+        if not _is_table(node, weights):
+            return None
+        modes: tuple[Mode, ...] = (Mode.STATIC,)
+        name = node.output[0]
+        table = node.input[0]
+        size = int(np.prod(weights[table].dims))
+        return Layer(position, node.name or name, "Gather", node.input[1], table, None, 0, name, modes, size)
     if node.op_type == "LSTM" and _can_be_dynamic_lstm(node, weights):
-        modes: tuple[Mode, ...] = (Mode.DYNAMIC,)
+        modes = (Mode.DYNAMIC,)
         axis, result = 1, node.output[0]
         parameters = sum(int(np.prod(weights[node.input[index]].dims)) for index in (1, 2))
     else:
@@ -255,6 +267,15 @@ def _layer_of(position: int, node: onnx.NodeProto, wiring: _Wiring) -> Layer | N
         modes,
         parameters,
     )
+
+
+def _is_table(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> bool:
+    """An embedding: rows of a table of floats, picked by numbers that are not constant."""
+    table = weights.get(node.input[0])
+    if table is None or table.data_type != TensorProto.FLOAT or node.input[1] in weights:
+        return False
+    first = all(item.name != "axis" or item.i == 0 for item in node.attribute)
+    return first and len(table.dims) == 2 and int(np.prod(table.dims)) >= _SMALLEST_TABLE
 
 
 def _can_be_dynamic_lstm(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> bool:
@@ -356,9 +377,9 @@ class _Writer:
     def __init__(self, graph: onnx.GraphProto, plan: Plan, recipe: Recipe) -> None:
         self._graph, self._plan, self._recipe = graph, plan, recipe
         self._wiring = _Wiring(graph)
-        self._static = {
-            layer.node: layer for layer in plan.layers if recipe.modes.get(layer.node) is Mode.STATIC
-        }
+        int8 = [layer for layer in plan.layers if recipe.modes.get(layer.node) is Mode.STATIC]
+        self._static = {layer.node: layer for layer in int8 if layer.kind != "Gather"}
+        self._tables = {layer.node: layer for layer in int8 if layer.kind == "Gather"}
         self._dynamic = {
             layer.node: layer for layer in plan.layers if recipe.modes.get(layer.node) is Mode.DYNAMIC
         }
@@ -497,6 +518,8 @@ class _Writer:
                     node.input[index] = dequantized[name]
             if layer is not None:
                 self._layer(node, layer)
+            elif position in self._tables:
+                node = self._table(node, self._tables[position])  # noqa: PLW2901
             elif position in self._dynamic:
                 node = self._dynamic_node(node, self._dynamic[position])  # noqa: PLW2901
             self._nodes.append(node)
@@ -576,6 +599,20 @@ class _Writer:
         if rounded is None:
             self._written[key] = (name, scale)
         return name, scale
+
+    def _table(self, node: onnx.NodeProto, layer: Layer) -> onnx.NodeProto:
+        """Rows of INT8 with a scale each; returns the node that gives what the table gave."""
+        values = self._array(layer.weight)
+        scale = weight_scale(values, 0)
+        parts = []
+        for name, table in (("q", nearest(values, scale, 0)), ("scale", scale[:, None])):
+            found = self._unique(f"{layer.result}_{name}")
+            constant = self._constant(f"{layer.weight}_{name}", table)
+            self._nodes.append(helper.make_node("Gather", [constant, node.input[1]], [found], found))
+            parts.append(found)
+        floats = self._unique(f"{layer.result}_rows")
+        self._nodes.append(helper.make_node("Cast", [parts[0]], [floats], floats, to=TensorProto.FLOAT))
+        return helper.make_node("Mul", [floats, parts[1]], list(node.output), node.name)
 
     def _dynamic_node(self, node: onnx.NodeProto, layer: Layer) -> onnx.NodeProto:
         if layer.kind == "LSTM":

@@ -30,6 +30,7 @@ from quantize.int8 import Layer, Mode, Plan, Recipe, Rounded, along, weight_scal
 from quantize.load import Rows
 from quantize.prepare import PreparedModel
 
+_ROUNDED: Final = ("Conv", "Gemm", "MatMul")
 _HOMOGENEOUS: Final = (
     "Relu",
     "LeakyRelu",
@@ -63,7 +64,7 @@ def pairs_of(proto: onnx.ModelProto, plan: Plan) -> list[tuple[Layer, Layer]]:
     producers = {name: (position, node) for position, node in enumerate(graph.node) for name in node.output}
     outputs = {value.name for value in graph.output}
     weights = {tensor.name for tensor in graph.initializer}
-    by_node = {layer.node: layer for layer in plan.layers if layer.kind != "LSTM"}
+    by_node = {layer.node: layer for layer in plan.layers if layer.kind in _ROUNDED}
     shared = _read_more_than_once(plan)
     found = []
     for second in by_node.values():
@@ -203,7 +204,7 @@ def round_weights(
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     wanted = []
     for layer in plan.layers:
-        if layer.kind == "LSTM" or recipe.modes.get(layer.node, Mode.FLOAT) is Mode.FLOAT:
+        if layer.kind not in _ROUNDED or recipe.modes.get(layer.node, Mode.FLOAT) is Mode.FLOAT:
             continue
         shape = tuple(weights[layer.weight].dims)
         groups = _groups(proto.graph.node[layer.node]) if layer.kind == "Conv" else 1

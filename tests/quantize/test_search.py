@@ -319,3 +319,26 @@ def test_the_unsigned_twin_computes_the_same(tmp_path):
         for one in (recipe, recipe.twin())
     )
     assert compare.outputs(first, second).sqnr > 35
+
+
+def test_an_embedding_table_is_int8_with_a_scale_for_every_row(tmp_path):
+    random = np.random.default_rng(7)
+    spread = np.logspace(-3, 1, 600)[:, None]  # rows of very different lengths: one scale would lose most
+    weights = {
+        "table": (random.standard_normal((600, 64)) * spread).astype(np.float32),
+        "axes": np.array([1], np.int64),
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("ReduceSum", ["rows", "axes"], ["y"], keepdims=0),
+    ]
+    inputs = [("ids", TensorProto.INT64, ["N", 8])]
+    model = models.save(tmp_path / "embedding.onnx", nodes, weights, inputs, [("y", ["N", 64])])
+    ids = np.sort(random.integers(0, 600, (60, 8)), axis=1)
+    data = models.write_rows(tmp_path / "ids.npz", ids)
+    case = Case(model, data)
+    plan = plan_of(case.model.proto)
+    assert [layer.kind for layer in plan.layers] == ["Gather"]
+    onnx.save(write_int8(case.model.proto, plan, static_recipe(plan, {})), tmp_path / "int8.onnx")
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.3 * model.stat().st_size
+    assert case.judge.selection(tmp_path / "int8.onnx").sqnr > 40
