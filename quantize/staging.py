@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,23 +33,22 @@ def staging(out: Path, label: str) -> Iterator[Path]:
         OutputError: ``out`` cannot be made or written, the disk is full.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        sweep(out)
-        stage = Path(tempfile.mkdtemp(prefix=f".{label}.", suffix=SUFFIX, dir=out))
-    except OSError as error:
-        _remove_empty(made)
-        raise OutputError(f"output folder {out}: {_why(error)}: choose another with --out") from error
-    except BaseException:
-        _remove_empty(made)
-        raise
+    # The name is known before the folder exists: an interrupt at any moment finds what to remove.
+    stage = out / f".{label}.{secrets.token_hex(8)}{SUFFIX}"
     lock = None
     try:
-        lock = os.open(stage / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield stage
-    except OSError as error:
-        raise OutputError(f"output folder {out}: {_why(error)}") from error
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            sweep(out)
+            stage.mkdir(mode=0o700)
+            lock = os.open(stage / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OutputError(f"output folder {out}: {_why(error)}: choose another with --out") from error
+        try:
+            yield stage
+        except OSError as error:
+            raise OutputError(f"output folder {out}: {_why(error)}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if lock is not None:
