@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edge_agent.errors import BadRules
-from edge_agent.rules.evaluate import Centre, Distance, Limit, Missing, RuleSet, constant
+from edge_agent.rules import parse as parse_module
+from edge_agent.rules.evaluate import (
+    Centre,
+    Distance,
+    Lacking,
+    Limit,
+    Missing,
+    Of,
+    Rate,
+    Rule,
+    RuleSet,
+    RuleState,
+    Stuck,
+    When,
+    constant,
+)
 from edge_agent.rules.parse import MAX_BYTES
 
 parse = RuleSet.parse
@@ -20,18 +38,6 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "rules.md"
 
 def rules(text: str, features: tuple[str, ...] = FEATURES) -> RuleSet:
     return parse(f"format: 1\ndefault: fail\n{text}", features)
-
-
-def test_the_example_of_the_documentation_decides_as_its_table_says() -> None:
-    document = DOCUMENT.read_text()
-    example = re.search(r"```yaml\n(.*?)```", document, re.DOTALL)
-    assert example is not None
-    read = RuleSet.parse(example[1], FEATURES)
-    table = [line.split("|")[1:5] for line in document.splitlines() if re.search(r"\| (pass|fail) \|", line)]
-    assert len(table) == 7
-    rows = np.array([[np.nan if "missing" in cell else float(cell) for cell in row[:3]] for row in table])
-    decisions = ["fail" if failed else "pass" for failed in read.evaluate(rows).failed]
-    assert decisions == [row[3].strip() for row in table]
 
 
 def test_every_key_of_the_format_is_documented() -> None:
@@ -141,3 +147,171 @@ def test_the_head_is_mandatory(text: str, says: str) -> None:
 def test_bytes_that_are_not_text_are_refused() -> None:
     with pytest.raises(BadRules, match="not YAML"):
         parse(b"format: \xff\xfe", FEATURES)
+
+
+def examples() -> list[tuple[str, list[str], list[list[str]]]]:
+    """Each yaml block of the documentation with the header and the rows of the table that follows it."""
+    found = []
+    for part in re.split(r"```yaml\n", DOCUMENT.read_text())[1:]:
+        block, rest = part.split("```", 1)
+        lines = [line for line in rest.split("\n## ")[0].splitlines() if line.startswith("|")]
+        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        header = table[0]
+        found.append((block, header, [row for row in table[2:] if len(row) == len(header)]))
+    return found
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_every_example_of_the_documentation_decides_as_its_table_says(number: int) -> None:
+    block, header, table = examples()[number]
+    assert len(examples()) == 3
+    assert len(table) >= 7
+    names = header[: header.index("decision")]
+    features = [name for name in names if name != "time"]
+    read = RuleSet.parse(block, features)
+    assert RuleSet.parse(read.to_yaml(), features) == read
+    cells = {name: [row[at] for row in table] for at, name in enumerate(header)}
+    rows = np.array([[float(cell.replace("missing", "nan")) for cell in cells[name]] for name in features]).T
+    assert read.stateful is ("time" in names)
+    times = np.array(cells["time"], dtype=float) if read.stateful else None
+    verdicts = read.evaluate(rows, state=RuleState() if read.stateful else None, now=times)
+    assert ["fail" if failed else "pass" for failed in verdicts.failed] == cells["decision"]
+
+
+def test_every_key_that_is_read_is_documented() -> None:
+    section = DOCUMENT.read_text().split("## Every key")[1].split("\n## ")[0]
+    first = " ".join(line.split("|")[1] for line in section.splitlines() if line.startswith("|"))
+    documented = {word.split(".")[-1] for word in re.findall(r"`([^`]+)`", first)}
+    condition_keys = {key for keys in (*parse_module._CONDITIONS.values(),) for key in keys}
+    read = {
+        *parse_module._LIMIT_2,
+        *parse_module._CENTRE,
+        *parse_module._RULE,
+        *parse_module._CONDITIONS,
+        *condition_keys,
+    }
+    assert read <= documented
+    for unit in parse_module._UNITS:
+        assert re.search(rf"`\d+{unit}`", section)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+numbers = st.floats(-1e9, 1e9)
+positive = st.floats(1e-3, 1e6)
+times = st.one_of(st.just(0.0), st.floats(0.001, 1e6), st.integers(1, 48).map(lambda n: n * 900.0))
+shapes = {"on_delay": times, "off_delay": times, "latch": st.booleans()}
+
+
+@st.composite
+def rule_sets(draw: st.DrawFn) -> RuleSet:
+    features = draw(st.lists(texts, min_size=1, max_size=4, unique=True))
+    feature = st.sampled_from(features)
+
+    def limit() -> Limit:
+        ends = [end if draw(st.booleans()) else None for end in sorted(draw(st.tuples(*[numbers] * 4)))]
+        lolo, low, high, hihi = ends if any(end is not None for end in ends) else [None, None, 1.0, None]
+        return Limit(
+            low, high, lolo, hihi, draw(positive), **draw(st.fixed_dictionaries({}, optional=shapes))
+        )
+
+    rules: dict[str, Rule] = {}
+    for name in draw(st.lists(texts, max_size=5, unique=True)):
+        condition = draw(
+            st.one_of(
+                st.tuples(feature, numbers).map(lambda two: When(f"{json.dumps(two[0])} > {two[1]!r}")),
+                st.builds(Lacking, feature),
+                st.builds(Stuck, feature, st.floats(0.001, 1e6), positive),
+                st.builds(Rate, feature, st.floats(0.001, 1e6), st.none() | positive, positive),
+                *([st.just(Of(tuple(rules), min(rule.weight for rule in rules.values())))] if rules else []),
+            )
+        )
+        shape = draw(st.fixed_dictionaries({"weight": positive}, optional=shapes))
+        rules[name] = Rule(condition, draw(st.sampled_from(["fail", "pass", "vote"])), **shape)
+    centres = st.builds(Centre, numbers, positive).map(lambda centre: {features[0]: centre})
+    return RuleSet(
+        tuple(features),
+        draw(st.sampled_from(["pass", "fail"])),
+        Missing(draw(st.sampled_from(["ok", "violation", "fail"])), draw(st.floats(0, 1))),
+        {name: limit() for name in features},
+        0.001,
+        draw(st.none() | st.builds(Distance, positive, centres)),
+        rules,
+    )
+
+
+@settings(deadline=None)
+@given(rule_sets())
+def test_whatever_is_written_reads_back_equal(written: RuleSet) -> None:
+    text = written.to_yaml()
+    assert parse(text, written.features) == written
+    assert parse(text.encode(), written.features) == written
+    old = not (written.stateful or written.rules)
+    assert f"\nformat: {1 if old else 2}\n" in text
+
+
+@settings(deadline=None)
+@given(st.text(max_size=200), st.sampled_from(["", "limits: ", "rules: ", "rules: {x: {when: ", "reset: "]))
+def test_whatever_is_in_the_file_is_read_or_refused(text: str, before: str) -> None:
+    try:
+        rules(before + text)
+        says = ""
+    except BadRules as refused:
+        says = str(refused)
+    assert "\n" not in says
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rules: {x: {}}", "rules.x has none of when, missing, stuck, rate, of; give it exactly one"),
+        ("rules: {x: {when: a > 1, missing: a}}", "rules.x has when and missing of"),
+        ("rules: {x: {wen: a > 1}}", "rules.x has none of"),
+        ("rules: {x: {when: vibration > 1, k: 2}}", "rules.x has an unknown key 'k'"),
+        ("rules: {x: {when: vibration > 1, decison: pass}}", "unknown key 'decison'; did you mean decision?"),
+        ("rules: {x: {when: vibration > 1, decision: maybe}}", "expected one of: fail, pass, vote, none"),
+        (
+            "rules: {x: {when: vibratoin > 1}}",
+            "rules: x: when: column 1: the model has no feature 'vibratoin'; did",
+        ),
+        ("rules: {x: {when: 3}}", "rules.x.when is 3, expected text"),
+        (
+            "rules: {x: {missing: no}}",
+            "rules.x.missing is False, expected text; a name such as no or 1 is written",
+        ),
+        ("rules: {x: {stuck: vibration}}", "rules.x.for is missing"),
+        ("rules: {x: {stuck: vibration, for: 3}}", "rules.x.for is 3, expected a time with its unit"),
+        (
+            "rules: {x: {stuck: vibration, for: 3 days}}",
+            "expected a time with its unit: 500ms, 3s, 10min, 2h",
+        ),
+        ("rules: {x: {stuck: vibration, for: 999999h}}", "rules: x: for is 3.6e+09 s, expected from 0"),
+        ("rules: {x: {rate: vibration, rise: 1}}", "rules.x.per is missing"),
+        ("rules: {x: {of: y, k: 1}}", "rules.x.of is 'y', expected a list of rules"),
+        ("rules: {x: {of: [y]}}", "rules.x.k is missing"),
+        ("rules: {x: {when: vibration > 1, latch: 1}}", "rules.x.latch is 1, expected true or false"),
+        ("rules: []", "rules is [], expected keys and values"),
+        ("reset: {}", "reset.when is missing"),
+        ("limits: {vibration: {high: 1, on_dealy: 3s}}", "unknown key 'on_dealy'; did you mean on_delay?"),
+    ],
+)
+def test_what_is_not_understood_in_format_2_is_refused_in_one_line(text: str, says: str) -> None:
+    with pytest.raises(BadRules, match=r"^rules\.yaml: ") as refused:
+        parse(f"format: 2\ndefault: pass\n{text}", FEATURES)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["rules: {}", "limits: {vibration: {high: 1, latch: true}}"])
+def test_format_1_says_that_what_it_lacks_is_in_format_2(text: str) -> None:
+    with pytest.raises(BadRules, match="which format 1 does not know; write format: 2 at the top"):
+        rules(text)
+
+
+def test_times_are_written_as_people_write_them() -> None:
+    limit = parse(
+        "format: 2\ndefault: fail\nlimits: {vibration: {high: 1, on_delay: 1.5 s, off_delay: 500ms}}",
+        FEATURES,
+    ).limits["vibration"]
+    assert (limit.on_delay, limit.off_delay) == (1.5, 0.5)
+    text = RuleSet(("a",), "fail", limits={"a": Limit(high=1, on_delay=600, off_delay=7200)}).to_yaml()
+    assert "{high: 1, on_delay: 10min, off_delay: 2h}" in text
