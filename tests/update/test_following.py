@@ -327,16 +327,17 @@ def test_a_blob_that_is_not_what_was_signed_changes_nothing_and_is_tried_again(
     assert current is not None
     blobs = publisher.path / "blobs" / "sha256"
     known = {member.digest.hex for member in current.manifest.members.values()}
-    (blob,) = [path for path in blobs.iterdir() if path.name not in known]
-    good = blob.read_bytes()
-    blob.write_bytes(damage(good))  # type: ignore[operator]
+    good = {path: path.read_bytes() for path in blobs.iterdir() if path.name not in known}
+    for path, data in good.items():  # the member, and the parcel that would be fetched instead
+        path.write_bytes(damage(data))  # type: ignore[operator]
 
     async def scenario() -> None:
         outcome = await device.updater.run_once()
         assert (outcome.result, outcome.reason) == (Result.FAILED_NO_STATE_CHANGE, reason)
         assert_untouched(device)
 
-        blob.write_bytes(good)
+        for path, data in good.items():
+            path.write_bytes(data)
         await device.updater.run_once()
         assert device.version() == "1.0.0", "it waits before it tries again"
         device.clock.sleep(60)
