@@ -176,7 +176,7 @@ def unpack(source: Path, folder: Path) -> Bundle:
                     raise BadBundle(
                         f"{source}: larger than {MAX_BYTES} bytes or {manifests.MAX_MEMBERS} members"
                     )
-                if not info.isreg() or info.name != Path(info.name).name or info.name in names:
+                if not info.isreg() or not manifests.is_plain(info.name) or info.name in names:
                     raise BadBundle(
                         f"{source}: entry {info.name[:80]!r} is not a plain file with a plain name"
                     )

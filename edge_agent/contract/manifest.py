@@ -133,6 +133,11 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
         return sum(member.size for member in self.members.values())
 
 
+def is_plain(name: str) -> bool:
+    """Whether ``name`` can be a file of a bundle: no path, no ``..``, nothing a file system chokes on."""
+    return _MEMBER.fullmatch(name) is not None
+
+
 def check_name(name: str) -> str:
     """Return ``name`` if it can be a model's name.
 
@@ -184,7 +189,7 @@ def _check(manifest: Manifest) -> None:
     if not manifest.members or len(manifest.members) > MAX_MEMBERS:
         raise ValueError(f"{len(manifest.members)} members, expected 1 to {MAX_MEMBERS}")
     for name in manifest.members:
-        if not _MEMBER.fullmatch(name) or name == FILE_NAME:
+        if not is_plain(name) or name == FILE_NAME:
             raise ValueError(f"member name {name[:80]!r} is not a plain file name")
     for kind, tensors in (("input", manifest.inputs), ("output", manifest.outputs)):
         if not tensors or len(tensors) > MAX_TENSORS:
