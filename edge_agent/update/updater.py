@@ -367,6 +367,21 @@ class Updater:
         self._models[model].shadow = InShadow(bundle, prepared, self._monotonic())
         logger.info("model %s: %s sees requests without answering", model, bundle.manifest.version)
 
+    def _shadow_as_dict(self, model: str) -> dict[str, Any] | None:
+        shadow = self._models[model].shadow
+        if shadow is None or self._serving is None:
+            return None
+        report = self._serving.shadow_report(model)
+        return {
+            "version": str(shadow.bundle.manifest.version),
+            "seconds": round(self._monotonic() - shadow.since, 1),
+            "requests": report.requests,
+            "rows": report.rows,
+            "disagreeing_rows": report.disagreeing_rows,
+            "median_seconds": report.seconds,
+            "active_median_seconds": report.active_seconds,
+        }
+
     def _judge_shadow(self, model: str, shadow: InShadow) -> tuple[Verdict, str, str]:
         assert self._serving is not None
         report = self._serving.shadow_report(model)
@@ -635,7 +650,10 @@ class Updater:
             "trouble": {"reason": known.trouble.reason, "message": known.trouble.message}
             if known.trouble
             else None,
-            "models": {model: tracked.as_dict() for model, tracked in sorted(self._models.items())},
+            "models": {
+                model: {**tracked.as_dict(), "shadow": self._shadow_as_dict(model)}
+                for model, tracked in sorted(self._models.items())
+            },
         }
 
     # After a restart

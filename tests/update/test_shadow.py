@@ -60,6 +60,8 @@ def test_what_agrees_goes_live_and_on_probation(device: Device, publisher: Publi
         await in_shadow(device, publisher)
         await device.updater.run_once()
         assert device.state() is State.SHADOWING, "nothing was compared yet"
+        shown = device.updater.status()["models"]["demo"]["shadow"]
+        assert (shown["version"], shown["requests"]) == ("2.0.0", 0)
         device.serving.shadowed = devices.Shadowed(100, 100, 0, 0.001, 0.001)
         await device.updater.run_once()
         assert (device.state(), device.version()) == (State.PROBATION, "2.0.0")

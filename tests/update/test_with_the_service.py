@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from edge_agent.config import DriftConfig, EngineConfig, ProbationConfig, ServingConfig, UpdatesConfig
+from edge_agent.config import (
+    DriftConfig,
+    EngineConfig,
+    ProbationConfig,
+    ServingConfig,
+    ShadowConfig,
+    UpdatesConfig,
+)
+from edge_agent.contract.assignments import Mode
 from edge_agent.serving.service import Service
 from edge_agent.store.state import State
 from edge_agent.store.store import Store
@@ -23,13 +31,13 @@ PATIENCE = 60.0  # seconds
 class Agent:
     """Store, service and updater, put together as app.run does."""
 
-    def __init__(self, folder: Path, publisher: Publisher) -> None:
+    def __init__(self, folder: Path, publisher: Publisher, shadow: ShadowConfig | None = None) -> None:
         self.store = Store.open(folder)
         self.metrics = AgentMetrics(CollectorRegistry(), "unit-1", "0.1.0")
         self.service = Service(ServingConfig(deadline_ms=5000), EngineConfig(), DriftConfig(), self.metrics)
         config = UpdatesConfig(
             source=str(publisher.path), root=str(publisher.root), in_process=True, interval_seconds=0.05,
-            probation=ProbationConfig(seconds=0, requests=20),
+            probation=ProbationConfig(seconds=0, requests=20), shadow=shadow or ShadowConfig(),
         )  # fmt: skip
         self.updater = Updater(config, "unit-1", self.store, self.service, self.metrics)
 
@@ -92,6 +100,42 @@ def test_a_swap_under_load_drops_nothing_and_a_bad_model_is_taken_back(tmp_path:
         current = agent.store.current("demo")
         assert current is not None
         assert current.manifest.version == "2.0.0"
+        agent.store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_candidate_sees_real_requests_before_it_answers_any(tmp_path: Path) -> None:
+    publisher = Publisher(tmp_path / "fleet")
+
+    async def scenario() -> None:
+        shadow = ShadowConfig(requests=20, share=1.0)
+        agent = Agent(tmp_path / "store", publisher, shadow)
+        old = publisher.publish("1.0.0")
+        publisher.assign(old)
+        running = asyncio.create_task(agent.updater.run())
+        async with asyncio.timeout(PATIENCE):
+            while agent.service.running("demo") is None:
+                await asyncio.sleep(0.01)
+            while agent.state() is not State.COMMITTED:
+                await agent.ask(1.0)
+
+            # It decides all that this plant sends otherwise, and no answer is ever its.
+            bad = publisher.publish("2.0.0", threshold=0.5)
+            publisher.assign_candidate(bad, stable=old, mode=Mode.SHADOW)
+            while agent.store.record("demo").last_reason != "disagreement":
+                assert (await agent.ask(1.0))[2] == "1.0.0"
+                await asyncio.sleep(0)
+
+            good = publisher.publish("3.0.0")
+            publisher.assign_candidate(good, stable=old, mode=Mode.SHADOW)
+            versions = [(await agent.ask(1.0))[2]]
+            while versions[-1] != "3.0.0" or agent.state() is not State.COMMITTED:
+                versions.append((await agent.ask(1.0))[2])
+                await asyncio.sleep(0)
+        assert "2.0.0" not in versions
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
         agent.store.close()
 
     asyncio.run(scenario())
