@@ -45,6 +45,7 @@ events = EventLog(__name__)
 
 DRAIN_SECONDS: Final = 5.0  # below Kubernetes' and systemd's default patience, see docs/operations.md
 PULSE_SECONDS: Final = 1.0  # how often the event loop shows that it turns
+LONGEST_PAUSE: Final = 60.0  # before a background task that keeps failing is begun again
 LIVE_SECTIONS: Final = ("http", "mqtt", "remote_write", "log_level")  # taken up by SIGHUP
 
 
@@ -86,9 +87,9 @@ async def run(
 
         async with asyncio.TaskGroup() as tasks:
             background = Background(tasks)
-            background.start("pulse", agent.watch_loop())
-            background.start("drift", service.watch_drift())
-            background.start("updates", updater.run())  # without a source: probation and repair only
+            background.start("pulse", agent.watch_loop)
+            background.start("drift", service.watch_drift)
+            background.start("updates", updater.run)  # without a source: probation and repair only
             connections = Connections(config, service, metrics, background)
             connections.start(config)
             _notify(f"READY=1\nSTATUS=answers on {http.url}")
@@ -164,15 +165,19 @@ async def _reload(
 
 
 class Background:
-    """The long-lived tasks by name, all of one TaskGroup, each of which may be replaced."""
+    """The long-lived tasks by name, all of one TaskGroup, each of which may be replaced.
+
+    A task that fails in a way nobody foresaw is reported and begun again, more slowly each time: whatever
+    happens beside serving must not end it.
+    """
 
     def __init__(self, tasks: asyncio.TaskGroup) -> None:
         self._tasks = tasks
         self._running: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Run ``work`` until it is replaced or everything stops."""
-        self._running[name] = self._tasks.create_task(work, name=name)
+    def start(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run ``work()``, again after a failure, until it is replaced or everything stops."""
+        self._running[name] = self._tasks.create_task(_again(name, work), name=name)
 
     async def end(self, name: str) -> None:
         """End one and wait for it."""
@@ -185,6 +190,21 @@ class Background:
         """End all."""
         for task in self._running.values():
             task.cancel()
+
+
+async def _again(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    pause = PULSE_SECONDS
+    while True:
+        began = time.monotonic()
+        try:
+            await work()
+        except Exception:  # a fault of ours: reported with its traceback, and outlived
+            log.exception("task %s failed; it begins again in %g s", name, pause)
+        else:
+            return
+        await asyncio.sleep(pause)
+        calm = time.monotonic() - began > LONGEST_PAUSE
+        pause = PULSE_SECONDS if calm else min(2 * pause, LONGEST_PAUSE)
 
 
 class Connections:
@@ -240,7 +260,7 @@ class Connections:
     def _begin(self, name: str, section: Any, connection: MqttTransport | RemoteWriter | None) -> None:
         self._in_force[name] = section
         if connection is not None:
-            self._background.start(name, connection.run())
+            self._background.start(name, connection.run)
 
 
 class Agent:
