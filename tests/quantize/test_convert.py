@@ -15,7 +15,7 @@ from quantize.cli import main
 from quantize.errors import BadModel
 from quantize.load import load_model
 from tests.quantize import models
-from tests.quantize.models import quantize
+from tests.quantize.models import quantize_fast as quantize
 
 WIDTH = 10
 SKLEARN = all(importlib.util.find_spec(name) for name in ("skl2onnx", "skops"))

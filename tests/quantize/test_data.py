@@ -18,7 +18,7 @@ from quantize import data, runtime
 from quantize.data import Input, load_data, load_rows
 from quantize.errors import BadData
 from tests.quantize import models
-from tests.quantize.models import quantize
+from tests.quantize.models import quantize_fast as quantize
 
 TABLE = (Input("x", np.dtype(np.float32), (-1, models.WIDTH)),)
 
@@ -148,7 +148,7 @@ def test_sequences_of_different_lengths_make_a_bundle(tmp_path):
     assert quantize(path, folder, tmp_path / "out") == 0
     made = bundle.open_bundle(tmp_path / "out" / "unit-1.2.3")
     assert [(t.name, t.shape) for t in made.manifest.inputs] == [("x", (-1, 4, -1))]
-    assert dict((t.name, t.shape) for t in made.manifest.outputs)["frames"] == (-1, 32, -1)
+    assert {t.name: t.shape for t in made.manifest.outputs}["frames"] == (-1, 32, -1)
 
 
 # -- what does not fit ------------------------------------------------------------------------------------

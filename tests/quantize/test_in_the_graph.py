@@ -14,7 +14,7 @@ from quantize.errors import BadData, BadModel
 from quantize.load import load_model, load_rows
 from quantize.prepare import PreparedModel, prepare
 from tests.quantize import models
-from tests.quantize.models import quantize
+from tests.quantize.models import quantize_fast as quantize
 
 
 def run(model: PreparedModel, rows: np.ndarray) -> dict[str, np.ndarray]:

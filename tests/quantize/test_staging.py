@@ -14,12 +14,12 @@ import pytest
 
 from quantize.staging import staging, sweep
 from tests.quantize import models
-from tests.quantize.models import quantize
+from tests.quantize.models import quantize_fast as quantize
 
 
 def command(model: Path, data: Path, out: Path) -> list[str]:
     words = [sys.executable, "-m", "quantize.cli", str(model), "--calibration", str(data)]
-    return [*words, "--name", "unit", "--version", "1.2.3", "--out", str(out)]
+    return [*words, "--fast", "--name", "unit", "--version", "1.2.3", "--out", str(out)]
 
 
 def in_the_middle(words: list[str], out: Path) -> subprocess.Popen[str]:

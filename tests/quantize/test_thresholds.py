@@ -12,7 +12,7 @@ from quantize.config import Threshold
 from quantize.decide import Scored, spread_of, threshold_of
 from quantize.errors import BadData
 from tests.quantize import models
-from tests.quantize.models import quantize
+from tests.quantize.models import quantize_fast as quantize
 
 
 def scored(good: np.ndarray, bad: np.ndarray) -> Scored:
