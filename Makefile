@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-arm test-crash test-fuzz test-kill check bench format clean help
+.PHONY: demo test test-arm test-crash test-fuzz test-kill test-outage check bench format clean help
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -58,3 +58,7 @@ ARM_LANE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edge-inference/arm64
 test-arm: $(STAMP)
 	tests/arm/lane.sh $(ARM_LANE) $(BIN)/python
 	EDGE_ARM_LANE=$(ARM_LANE) $(BIN)/python -m pytest -q tests/arm
+
+## make test-outage   a broker away for a minute under 100 messages a second, the agent killed meanwhile (about 2 minutes)
+test-outage: $(STAMP)
+	EDGE_STREAM_MESSAGES=9000 EDGE_STREAM_OUTAGE=60 $(BIN)/python -m pytest -q -s tests/transport/test_streams_over_mqtt.py -k though_broker_and_agent_die

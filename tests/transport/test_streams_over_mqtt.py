@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import threading
 import time
@@ -44,6 +45,9 @@ KEPT = (
     "listener 1883\nallow_anonymous true\npersistence true\npersistence_location {}/\nmax_queued_messages 0\n"
 )
 RATE = 100.0  # messages per second
+MESSAGES = int(os.environ.get("EDGE_STREAM_MESSAGES", "500"))
+OUTAGE_SECONDS = float(os.environ.get("EDGE_STREAM_OUTAGE", "0"))  # `make test-outage` makes it a minute
+PATIENCE = 60.0 + OUTAGE_SECONDS + MESSAGES / RATE
 
 
 def scores(messages: list[MQTTMessage]) -> list[float]:
@@ -157,17 +161,17 @@ class Plant:
             self.arrived.append(message)
 
     def _write(self) -> None:
-        pause = threading.Event()
+        pause, began = threading.Event(), time.monotonic()
         for index in range(self.total):
             properties = Properties(PacketTypes.PUBLISH)
             properties.CorrelationData = str(index).encode()
             # QoS 2: this side does not make duplicates, so each one seen is the agent's.
             body = json.dumps({"features": [index % 50, 0, 0, 0]})
             # paho does not keep to the broker's Receive Maximum (20) when it connects again.
-            eventually(lambda: self.sent - self.accepted < 16, "a place in the window", 60)
+            eventually(lambda: self.sent - self.accepted < 16, "a place in the window", PATIENCE)
             self._writer.publish(INPUT, body, 2, False, properties)
             self.sent += 1
-            pause.wait(1 / RATE)
+            pause.wait(max(0.0, began + index / RATE - time.monotonic()))
 
     @staticmethod
     def _client(name: str, broker: Mosquitto) -> Paho:
@@ -181,6 +185,7 @@ class Plant:
         return client
 
 
+@pytest.mark.timeout(2 * PATIENCE)
 def test_every_accepted_input_is_decided_once_and_in_order_though_broker_and_agent_die(
     tmp_path: Path,
 ) -> None:
@@ -194,7 +199,7 @@ def test_every_accepted_input_is_decided_once_and_in_order_though_broker_and_age
     )
     bundle = tiny_bundle(tmp_path / "bundle")
     assert run_cli("edge-agent", "install", bundle.path, "--config", agent.config).returncode == 0
-    total = 500
+    total = MESSAGES
     try:
         agent.start()
         with connected(broker, f"{ROOT}/status") as peer:
@@ -203,14 +208,20 @@ def test_every_accepted_input_is_decided_once_and_in_order_though_broker_and_age
             eventually(lambda: len(plant.by_sequence()) >= 50, "decisions come")
             broker.stop()
             eventually(lambda: plant.sent > plant.accepted + 10, "telemetry goes on without a broker")
+            away = time.monotonic()
             agent.kill()
+            if OUTAGE_SECONDS:
+                agent.start()
+            eventually(lambda: time.monotonic() - away >= OUTAGE_SECONDS, "the outage is over", PATIENCE)
+            if OUTAGE_SECONDS:
+                agent.kill()
             broker.start()
             eventually(lambda: plant.accepted > 200, "the broker takes telemetry again")
             agent.start()
             agent.kill()  # and in the middle of its work
             agent.start()
-            eventually(lambda: plant.accepted == total, "everything is accepted", 60)
-            eventually(lambda: len(plant.by_sequence()) >= total, "everything is decided", 60)
+            eventually(lambda: plant.accepted == total, "everything is accepted", PATIENCE)
+            eventually(lambda: len(plant.by_sequence()) >= total, "everything is decided", PATIENCE)
     finally:
         agent.stop()
         broker.stop()
