@@ -70,13 +70,18 @@ def fetch_members(
                     raise
                 logger.warning("member %s: its parcel is not there (%s); it is fetched whole", name, failed)
             else:
-                frame.unlink(missing_ok=True)
+                _forget(frame)
                 continue
-            frame.unlink(missing_ok=True)
+            _forget(frame)
         moved += _bring(source, name, member, half, progress)
         with explained("store", folder / name):
             half.replace(folder / name)
     return moved
+
+
+def _forget(path: Path) -> None:
+    with explained("remove", path):
+        path.unlink(missing_ok=True)
 
 
 def _shortest(
