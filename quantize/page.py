@@ -17,7 +17,7 @@ _WIDTH: Final = 720
 _HEIGHT: Final = 300
 _LEFT: Final = 64
 _RIGHT: Final = 20
-_TOP: Final = 16
+_TOP: Final = 28
 _BOTTOM: Final = 44
 _BAR: Final = 22
 _MOST_BARS: Final = 60
@@ -152,7 +152,8 @@ def _curve(facts: Mapping[str, Any]) -> str:
     if len(curve) > 1:
         path = " ".join(f"{width.at(math.log10(p[0])):.1f},{height.at(p[1]):.1f}" for p in sorted(curve))
         marks.append(f'<polyline class="path" points="{path}"/>')
-    for size, sqnr, label, kind, _ in everything:
+    order = ("pruned", "tried", "chosen")  # the chosen one on top
+    for size, sqnr, label, kind, _ in sorted(everything, key=lambda point: order.index(point[3])):
         x, y = width.at(math.log10(size)), height.at(sqnr)
         text = f"<title>{escape(label)}: {_bytes(size)}, {sqnr:.1f} dB</title>"
         if kind == "pruned":
@@ -444,7 +445,7 @@ def _x_title(text: str) -> str:
 
 
 def _y_title(text: str) -> str:
-    return f'<text class="soft" x="4" y="{_TOP + 4}">{escape(text)}</text>'
+    return f'<text class="soft" x="4" y="12">{escape(text)}</text>'
 
 
 def _svg(name: str, title: str, described: str, marks: Sequence[str], height: int = _HEIGHT) -> str:
