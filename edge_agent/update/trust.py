@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -233,9 +234,10 @@ class TrustedRepository:
 
     def _floor(self) -> float:
         try:
-            return float((self._trusted / _FLOOR).read_bytes()[:32])
+            floor = float((self._trusted / _FLOOR).read_bytes()[:32])
         except (OSError, ValueError):
             return 0.0
+        return floor if math.isfinite(floor) else 0.0
 
 
 def _date(seconds: float) -> str:
