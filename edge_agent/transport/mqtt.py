@@ -148,21 +148,24 @@ class MqttTransport:
         self._refusing: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Serve until cancelled, through every loss of the broker.
-
-        Raises:
-            OSError: the spool cannot be opened.
-        """
+        """Serve until cancelled, through every loss of the broker; without a spool, requests only."""
         async with contextlib.AsyncExitStack() as stack:
-            if self._spool is not None:
-                outbox = await asyncio.to_thread(
-                    Outbox, self._spool, self._config.max_queue_bytes, 2 * self._config.max_pending
-                )
+            outbox = await asyncio.to_thread(self._open_outbox)
+            if outbox is not None:
                 stack.callback(outbox.close)
                 self._stream = Stream(outbox, self._service, self._root, self._config.max_pending)
                 keep = asyncio.create_task(self._stream.keep(), name="mqtt decisions")
                 stack.push_async_callback(_ended, keep)
             await self._connect_for_ever()
+
+    def _open_outbox(self) -> Outbox | None:
+        if self._spool is None:
+            return None
+        try:
+            return Outbox(self._spool, self._config.max_queue_bytes, 2 * self._config.max_pending)
+        except OSError as error:
+            log.error("mqtt: no streams until the next start, %s: %s", self._spool, error.strerror or error)
+            return None
 
     async def _connect_for_ever(self) -> None:
         backoff = FIRST_BACKOFF_SECONDS

@@ -15,6 +15,7 @@ it then carries the same ``sequence``.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Final
 import msgspec
 
 from edge_agent.telemetry.queue import Queue, newest_on_disk
+
+log = logging.getLogger(__name__)
 
 Identity = tuple[int, int]
 """Packet identifier, and checksum of topic and payload, of an input as the broker delivered it."""
@@ -52,6 +55,14 @@ _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(Record)
 
 
+def _read(data: bytes) -> Record | None:
+    try:
+        return _DECODER.decode(data)
+    except msgspec.DecodeError as error:
+        log.error("decisions that another agent version kept cannot be read: %s", error)
+        return None
+
+
 class Outbox:
     """The queue in one folder, of one process. Its methods block and may be called from any thread.
 
@@ -65,8 +76,8 @@ class Outbox:
         self._next = 1
         self._inputs: OrderedDict[Identity, None] = OrderedDict()
         newest = newest_on_disk(folder)
-        if newest is not None:
-            last = _DECODER.decode(newest)
+        last = None if newest is None else _read(newest)
+        if last is not None:
             self._next = last.first + len(last.decisions)
             self._inputs = OrderedDict.fromkeys(last.inputs)
 
@@ -106,8 +117,12 @@ class Outbox:
 
     def oldest(self) -> tuple[int, Record] | None:
         """The record that waits longest, and its number to acknowledge it by."""
-        waiting = self._queue.oldest()
-        return None if waiting is None else (waiting.sequence, _DECODER.decode(waiting.data))
+        while (waiting := self._queue.oldest()) is not None:
+            record = _read(waiting.data)
+            if record is not None:
+                return waiting.sequence, record
+            self._queue.acknowledge(waiting.sequence)  # of an agent that wrote them otherwise
+        return None
 
     def delivered(self, number: int) -> None:
         """The broker has every decision of a record."""

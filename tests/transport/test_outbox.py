@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.telemetry.queue import Queue
 from edge_agent.transport.outbox import Decision, Outbox
 
 BIG = 64 << 20
@@ -76,4 +77,14 @@ def test_a_full_disk_quota_gives_up_the_oldest_and_says_how_many(tmp_path: Path)
     waiting = drain(outbox)
     assert 0 < lost == 200 - len(waiting)
     assert waiting == [(index + 1, str(index).encode()) for index in range(lost, 200)]
+    outbox.close()
+
+
+def test_a_record_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
+    queue = Queue(tmp_path, BIG)
+    queue.append(b"of another version", 1)
+    queue.close()
+    outbox = Outbox(tmp_path, BIG, 16)
+    outbox.append([decision(0)], [(1, 1)])
+    assert drain(outbox) == [(1, b"0")]
     outbox.close()

@@ -120,6 +120,17 @@ def test_what_is_published_while_the_device_is_away_is_decided_when_it_is_back(
         assert peer.silent()
 
 
+def test_without_a_place_for_decisions_requests_are_still_answered(
+    agent: Agent, mosquitto: Mosquitto, tmp_path: Path
+) -> None:
+    (tmp_path / "spool").write_text("not a folder")
+    agent.subscribe(mosquitto.port, spool=tmp_path / "spool")
+    with connected(mosquitto, RESPONSE, OUTPUT) as peer:
+        peer.send(INPUT, {"features": ROW})
+        assert peer.ask(PREDICT, {"features": ROW}).topic == RESPONSE
+        assert peer.silent()
+
+
 class Plant:
     """Publishes numbered telemetry at a steady rate, whatever the broker does, and collects decisions."""
 
