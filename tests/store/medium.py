@@ -159,8 +159,11 @@ class Medium:
 
     @property
     def carries(self) -> bool:
-        """Whether any of what was pending at ``mark`` still is."""
-        return not self._carried.isdisjoint(self._pending)
+        """Whether any of what was pending at ``mark`` still is, of what has not been removed since."""
+        return any(
+            (key[0] in self._live.entries if isinstance(key, tuple) else key in self._live.contents)
+            for key in self._carried & self._pending.keys()
+        )
 
     def observe(self) -> None:
         """Look what has changed since the last look."""
