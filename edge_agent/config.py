@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -18,6 +19,8 @@ import yaml
 from edge_agent.errors import ConfigError
 
 CONTROL_SOCKET: Final = "control.sock"  # in the store: whoever may write the store may command the agent
+
+_CLOCK = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -137,8 +140,8 @@ class ShadowConfig(_Section, frozen=True):
 class WindowConfig(_Section, frozen=True):
     """A maintenance window, in the device's local time. ``end`` before ``start`` ends the day after."""
 
-    start: Annotated[str, msgspec.Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$")]  # "22:00"
-    end: Annotated[str, msgspec.Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$")]
+    start: str | int  # 22:00; YAML 1.1 reads some of those as a number, which is minutes after midnight
+    end: str | int
     days: tuple[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"], ...] = ()  # none: every day
 
 
@@ -198,6 +201,14 @@ class Config(_Section, frozen=True):
     remote_write: RemoteWriteConfig | None = None
     drift: DriftConfig = DriftConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def minutes_of_day(clock: str | int) -> int | None:
+    """Minutes after midnight of a time such as ``22:00``; None if it is none."""
+    if isinstance(clock, int):
+        return clock if 0 <= clock < 24 * 60 else None
+    found = _CLOCK.fullmatch(clock)
+    return int(found[1]) * 60 + int(found[2]) if found else None
 
 
 def default_store() -> Path:
@@ -279,6 +290,12 @@ def _check(config: Config, where: str) -> None:
             f"{where}: updates.source is set but updates.root is not; give the path of the fleet's "
             "root.json, without it no release can be trusted"
         )
+    for number, window in enumerate(config.updates.windows):
+        for key, clock in (("start", window.start), ("end", window.end)):
+            if minutes_of_day(clock) is None:
+                raise ConfigError(
+                    f"{where}: updates.windows[{number}].{key} {clock!r}: expected a time such as 22:00"
+                )
     if config.updates.client_key and not config.updates.client_certificate:
         raise ConfigError(f"{where}: updates.client_key is set but updates.client_certificate is not")
     http = config.http

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from edge_agent.config import WindowConfig
+from edge_agent.config import WindowConfig, minutes_of_day
 from edge_agent.errors import InvalidInput
 from edge_agent.store.fs import Disk, explained
 
@@ -149,9 +149,10 @@ def closed(windows: Sequence[WindowConfig], now: datetime.datetime) -> Hold | No
     return Hold("window", "outside the maintenance windows", min(coming).timestamp() if coming else None)
 
 
-def _at(day: datetime.datetime, clock: str) -> datetime.datetime:
-    hour, minute = clock.split(":")
-    return day.replace(hour=int(hour), minute=int(minute))
+def _at(day: datetime.datetime, clock: str | int) -> datetime.datetime:
+    minutes = minutes_of_day(clock)
+    assert minutes is not None, "config.py has checked it"
+    return day.replace(hour=minutes // 60, minute=minutes % 60)
 
 
 def _parsed(text: str) -> float | None:

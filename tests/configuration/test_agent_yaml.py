@@ -46,6 +46,11 @@ def test_every_section_reads_what_it_writes(tmp_path):
         ("[1, 2]", "Expected `object`, got `array`"),
         ("http: {host: 0.0.0.0}", r"http\.host 0\.0\.0\.0"),
         ("updates: {source: 'http://x/'}", r"updates\.root is not"),
+        (
+            "updates: {windows: [{start: '25:00', end: '1:00'}]}",
+            r"windows\[0\]\.start '25:00': expected a time",
+        ),
+        ("updates: {windows: [{start: '1:00', end: 24:00}]}", r"windows\[0\]\.end 1440: expected a time"),
         ("a: [", "is not YAML"),
         ("[" * 5000, "is not YAML"),
         ("\0", "is not YAML"),
@@ -64,3 +69,9 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
     (tmp_path / "agent.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"agent\.yaml: not UTF-8 text"):
         config.load(tmp_path / "agent.yaml")
+
+
+def test_the_times_of_a_window_need_no_quotes(tmp_path):
+    """YAML 1.1 reads 22:00 as a number to the base of sixty, and 02:00 as a text."""
+    (window,) = load(tmp_path, "updates: {windows: [{start: 22:00, end: 02:00}]}").updates.windows
+    assert (config.minutes_of_day(window.start), config.minutes_of_day(window.end)) == (1320, 120)
