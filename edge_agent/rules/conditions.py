@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edge_agent.rules import expression
-from edge_agent.rules.values import Lacking, Of, Rules, When, features_of
+from edge_agent.rules.values import A_HAIR, Lacking, Of, Rules, When, features_of
 
 # From the gathered values to whether it is known to hold.
 _Test = Callable[[Sequence[Any]], Any]
@@ -56,7 +56,7 @@ class Conditions:
                     if rule.timed:
                         self._false.append((at, _is_there(self._position[feature])))
                 case Of(members, k):
-                    self.combinations.append((at, [number[member] for member in members], k - 1e-9))
+                    self.combinations.append((at, [number[member] for member in members], k * (1.0 - A_HAIR)))
                 case _:  # needs history: timing.py
                     pass
         self._reset = (

@@ -37,6 +37,7 @@ from edge_agent.rules.expression import above, below
 from edge_agent.rules.scoring import Scoring
 from edge_agent.rules.timing import Alarm, RuleState, Timing
 from edge_agent.rules.values import (
+    A_HAIR,
     FLAT_FAIL,
     MAX_SCORE,
     Centre,
@@ -238,7 +239,7 @@ class RuleSet(Rules):
                 held[name] = name in alarms
             elif isinstance(rule.condition, Of):
                 weight = sum(self.rules[member].weight for member in rule.condition.rules if held[member])
-                held[name] = weight >= rule.condition.k - 1e-9
+                held[name] = weight >= rule.condition.k * (1.0 - A_HAIR)
             else:
                 held[name] = known
         return [name for name, on in held.items() if on]

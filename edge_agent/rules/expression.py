@@ -173,7 +173,11 @@ def compiled(condition: Condition, position: Mapping[str, int]) -> Evaluated:
     if isinstance(condition, Comparison):
         return _comparison(condition, position)
     parts = [compiled(part, position) for part in condition.parts]
-    join = operator.and_ if condition.operation == "and" else operator.or_
+    both = condition.operation == "and"
+    if len(parts) == 2:  # the usual case, three times cheaper so
+        first, second = parts
+        return (lambda c: first(c) & second(c)) if both else (lambda c: first(c) | second(c))
+    join = operator.and_ if both else operator.or_
     return lambda c: reduce(join, [part(c) for part in parts])
 
 

@@ -28,6 +28,7 @@ MAX_SCORE: Final = 1e6
 # The score of a failure that has no degree: a missing value that counts as one, a default of fail.
 FLAT_FAIL: Final = 2.0
 MAX_RULES: Final = 500  # named rules: what a plant still oversees, and what a row may cost
+A_HAIR: Final = 1e-9  # of the votes asked: 0.1 + 0.2 + 0.4 is 0.7 to people
 MAX_SECONDS: Final = 366 * 86400.0
 
 
@@ -206,7 +207,7 @@ def _check(rules: Rules) -> None:
     _check_rules(rules)
     total = sum(limit.weight for limit in rules.limits.values() if not (limit.low is limit.high is None))
     total += sum(rule.weight for rule in rules.rules.values() if rule.decision == "vote")
-    if total and rules.votes > total + 1e-9:
+    if total and rules.votes * (1.0 - A_HAIR) > total:
         raise BadRules(
             f"vote: k is {rules.votes:g}, but the limits and rules have only {total:g} votes together; "
             f"lower k to {total:g} or less"
@@ -350,7 +351,7 @@ def _check_condition(where: str, condition: Condition, rules: Rules, above: Sequ
             if len(set(names)) < len(names):
                 raise BadRules(f"{where}: of names a rule twice; keep one")
             total = sum(rules.rules[name].weight for name in names)
-            if not 0.0 < k <= total + 1e-9:
+            if not 0.0 < k * (1.0 - A_HAIR) <= total:
                 raise BadRules(
                     f"{where}: k is {k:g}, expected more than 0, and at most {total:g}, their weight together"
                 )

@@ -209,3 +209,30 @@ def test_a_good_row_has_no_reasons() -> None:
 def test_the_distance_explains_itself_by_its_largest_part() -> None:
     far = rules(distance=Distance(2.0, {"a": Centre(0, 1), "b": Centre(0, 1)}))
     assert far.explain(np.array([1.0, -7.0, 0, 0])) == ["distance 5 above limit 2, most by b (7 scales off)"]
+
+
+@pytest.mark.parametrize("tiny", [5e-324, 1e-310, 1e-160])
+def test_the_smallest_numbers_are_numbers_too(tiny: float) -> None:
+    odd = rules({"a": Limit(0.0, tiny)}, distance=Distance(tiny, {"b": Centre(tiny, tiny, tiny)}))
+    rows = np.array([[tiny, tiny, 0, 0], [0.0, 0.0, 0, 0], [np.inf, np.nan, 0, 0], [1e308, -1e308, 0, 0]])
+    together = odd.evaluate(rows).score
+    assert ((together >= 0) & (together <= MAX_SCORE)).all()
+    assert together.tolist() == [odd.evaluate(row[None, :]).score[0] for row in rows]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.7, 1.0, 1e-12, 1e12]), min_size=4, max_size=4),
+    st.floats(0.0, 1.0, exclude_min=True),
+    arrays.arrays(np.float64, (5, 4), elements=finite),
+)
+def test_votes_of_whatever_weight_are_counted_alike_alone_and_in_company(
+    weights: list[float], share: float, rows: np.ndarray
+) -> None:
+    limits = {name: Limit(-1, 1, weight=weight) for name, weight in zip(FEATURES, weights, strict=True)}
+    weighted = rules(limits, votes=max(sum(weights) * share, 1e-12))
+    together = weighted.evaluate(rows)
+    assert together.score.tolist() == [weighted.evaluate(row[None, :]).score[0] for row in rows]
+    votes = (np.abs(rows) > 1) @ np.array(weights)
+    sure = np.abs(votes - weighted.votes) > 1e-6 * max(sum(weights), 1.0)
+    assert (together.failed == (votes >= weighted.votes))[sure].all()
