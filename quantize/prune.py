@@ -66,8 +66,8 @@ _LAYER_BYTES: Final = 900  # names, nodes and parameters of the Q/DQ pairs aroun
 
 _CHANNELWISE: Final = frozenset((
     "Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Softplus",
-    "Softsign", "Erf", "Gelu", "Mish", "Clip", "Dropout", "Identity", "Abs", "Neg", "MaxPool", "AveragePool",
-    "GlobalAveragePool", "GlobalMaxPool",
+    "Softsign", "Erf", "Gelu", "QuickGelu", "Swish", "Mish", "Clip", "Dropout", "Identity", "Abs", "Neg",
+    "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool",
 ))  # fmt: skip
 _BINARY: Final = ("Add", "Sub", "Mul", "Div")
 _LAYERS: Final = ("Conv", "Gemm", "MatMul")
