@@ -325,7 +325,7 @@ def measure(model: Model, path: Path, calibration: Arrays, validation: Arrays, l
         "quantize.cli",
         str(path),
         "--calibration",
-        str(data),
+        str(own_data),
         "--quiet",
         "--overwrite",
     ]
