@@ -339,6 +339,7 @@ async def check_settles(stage: Stage, device: Device) -> None:
     }
     hold({path.name for path in store.layout.blobs.iterdir()} == needed, "blobs that nobody needs")
     hold(not list(store.layout.root.rglob(f"{TEMPORARY}*")), "temporary names are left at the end")
+    hold(not list(store.layout.partial.iterdir()), "half downloads are left at the end")
 
 
 def check(stage: Stage, image: Image, promise: Promise, path: Path, *, settle: bool) -> str:
