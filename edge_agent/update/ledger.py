@@ -202,7 +202,7 @@ class Ledger:
         await self.save(model, tolerant=True)
         with contextlib.suppress(StoreError):  # garbage that stays is only garbage
             await asyncio.to_thread(self._store.collect_garbage)
-            if result is Result.SUCCEEDED:
+            if result in (Result.SUCCEEDED, Result.REJECTED):  # nobody will resume them
                 await asyncio.to_thread(self._store.forget_partial)
         return self.outcome(model, result, reason, message, release)
 
