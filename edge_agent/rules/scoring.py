@@ -209,10 +209,11 @@ class Scoring:
             excess = self._vote.excess(x)
             if held is not None:
                 self._vote.hold(excess, held)
-            np.maximum(excess, -1.0, out=excess)
-            # A missing value is as good as the middle, or a flat failure.
-            unknown = -1.0 if self._rules.missing.count_as == "ok" else FLAT_FAIL - 1.0
-            np.copyto(excess, unknown, where=np.isnan(excess))
+            if self._rules.missing.count_as == "ok":
+                np.fmax(excess, -1.0, out=excess)  # fmax: a missing value is as good as the middle
+            else:
+                np.maximum(excess, -1.0, out=excess)
+                np.copyto(excess, FLAT_FAIL - 1.0, where=np.isnan(excess))
             columns.append(excess)
         if self._voting.size:
             flat = self._flat[self._voting] - 1.0
