@@ -36,7 +36,7 @@ MIN_ROWS: Final = 10  # as many as the drift baseline has bins
 # of so many rows do not change any more, and every candidate is judged on them.
 SAMPLE_BYTES: Final = 64 << 20
 _BLOCK_BYTES: Final = 4 << 20
-_CSV_LINES: Final = 2048
+_CSV_CELLS: Final = 1 << 17  # parsed at a time: text, pieces of it and numbers take some 10 MB
 _DRAW_SEED: Final = 11
 _LABELS: Final = ("y", "label")
 _SHOWN: Final = 8  # names in a message
@@ -99,13 +99,18 @@ def load_data(
     return good, both_classes(_same_columns(good, load_rows(validation, inputs)))
 
 
-def load_rows(path: Path, inputs: Sequence[Input]) -> Rows:
+def load_rows(path: Path, inputs: Sequence[Input], *, sample_bytes: int = SAMPLE_BYTES) -> Rows:
     """Read ``.npz``, ``.npy``, ``.csv`` or a folder of ``.npz``.
 
     ``.npz``: an array per model input by its name, or ``X`` for a model with one; ``y`` the labels (1 = bad),
     ``feature_names`` and ``units`` if there. ``.csv``: a header of feature names, then perhaps a row of
     units; a column ``y`` or ``label`` is the labels; an empty cell is a missing value. A folder: its ``.npz``
     files in the order of their names, whose rows may have different lengths where the model allows it.
+
+    Args:
+        path: the file or folder.
+        inputs: what the model takes.
+        sample_bytes: of a larger file so much is kept: rows drawn evenly over its length.
 
     Raises:
         BadData: missing, unreadable, of another width than the model takes, infinite, too few, labels
@@ -122,7 +127,7 @@ def load_rows(path: Path, inputs: Sequence[Input]) -> Rows:
             raise BadData(f"data {path}: {count} rows, expected at least {MIN_ROWS}")
         kept = {entry.name: entry.dtype.itemsize for entry in inputs}
         size = sum(array.bytes // array.dtype.itemsize * kept[name] for name, array in chosen.items())
-        drawn = _draw(count, size)
+        drawn = _draw(count, size, sample_bytes)
         values = {entry.name: _collect(path, chosen[entry.name], entry, drawn) for entry in inputs}
         labels = _labels(path, arrays.get("y"), count, drawn)
         features, units, named = None, None, False
@@ -305,7 +310,7 @@ def _spill(path: Path, lines: Iterator[str], header: list[str]) -> np.ndarray:
     """Lines of numbers as a memory map of (lines, columns): on disk, not in memory, and without a name."""
     count = 0
     with tempfile.TemporaryFile() as store:
-        while piece := list(itertools.islice(lines, _CSV_LINES)):
+        while piece := list(itertools.islice(lines, max(1, _CSV_CELLS // len(header)))):
             table = _parse(path, piece, header, count)
             store.write(table.tobytes())
             count += len(table)
@@ -412,9 +417,9 @@ def _fits(shape: tuple[int, ...], entry: Input) -> bool:
     )
 
 
-def _draw(count: int, size: int) -> np.ndarray | None:
+def _draw(count: int, size: int, sample_bytes: int) -> np.ndarray | None:
     """Which rows of ``count`` are kept: one of each of so many equal stretches as fit. None: all."""
-    keep = max(MIN_ROWS, int(SAMPLE_BYTES * count / max(1, size)))
+    keep = max(MIN_ROWS, int(sample_bytes * count / max(1, size)))
     if keep >= count:
         return None
     place = np.random.default_rng(_DRAW_SEED).random(keep)

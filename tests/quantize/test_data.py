@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edge_agent.contract import bundle
-from quantize import data, runtime
+from quantize import runtime
 from quantize.data import Input, load_data, load_rows
 from quantize.errors import BadData
 from tests.quantize import models
@@ -231,28 +231,27 @@ def test_a_constant_feature_is_no_obstacle(tmp_path, autoencoder):
 # -- memory -----------------------------------------------------------------------------------------------
 
 
-def test_a_large_file_is_represented_by_rows_drawn_over_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SAMPLE_BYTES", 200 * models.WIDTH * 4)
+def test_a_large_file_is_represented_by_rows_drawn_over_all_of_it(tmp_path):
+    sample = 200 * models.WIDTH * 4
     x = np.tile(np.arange(5000, dtype=np.float32)[:, None], (1, models.WIDTH))
     np.savez_compressed(tmp_path / "many.npz", X=x, y=np.arange(5000) % 2)
-    rows = load_rows(tmp_path / "many.npz", TABLE)
+    rows = load_rows(tmp_path / "many.npz", TABLE, sample_bytes=sample)
     assert rows.in_file == 5000
     assert len(rows) == 200
     drawn = rows.inputs["x"][:, 0]
     assert (np.diff(drawn) > 0).all()
     assert np.diff(drawn).max() <= 50
     assert np.array_equal(rows.labels, drawn.astype(int) % 2 == 1)
-    again = load_rows(tmp_path / "many.npz", TABLE)
+    again = load_rows(tmp_path / "many.npz", TABLE, sample_bytes=sample)
     assert np.array_equal(rows.inputs["x"], again.inputs["x"])
 
 
-def test_a_bad_row_is_found_even_where_it_is_not_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SAMPLE_BYTES", 20 * models.WIDTH * 4)
+def test_a_bad_row_is_found_even_where_it_is_not_drawn(tmp_path):
     x = np.zeros((5000, models.WIDTH), np.float32)
     x[4321, 2] = np.inf
     np.savez(tmp_path / "many.npz", X=x)
     with pytest.raises(BadData, match="row 4322"):
-        load_rows(tmp_path / "many.npz", TABLE)
+        load_rows(tmp_path / "many.npz", TABLE, sample_bytes=20 * models.WIDTH * 4)
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "csv"])
@@ -277,23 +276,24 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
             with zipfile.ZipFile(path, "w") as archive:
                 archive.write(tmp_path / "large.npy", "X.npy")
     program = (
-        "import json, sys\n"
+        "import json, sys, threading\n"
         "from pathlib import Path\n"
         "import numpy as np\n"
         "from quantize import data\n"
         "def private():\n"
         "    lines = Path('/proc/self/status').read_text().splitlines()\n"
         "    return int(next(line for line in lines if line.startswith('RssAnon')).split()[1]) * 1024\n"
-        f"data.SAMPLE_BYTES = {sample}\n"
-        "peak, before, check = 0, private(), data._cast\n"
-        "def watched(*arguments):\n"
-        "    global peak\n"
-        "    peak = max(peak, private())\n"
-        "    return check(*arguments)\n"
-        "data._cast = watched\n"
+        "over, peaks = threading.Event(), [private()]\n"
+        "def watch():\n"
+        "    while not over.wait(0.002):\n"
+        "        peaks.append(private())\n"
+        "watcher = threading.Thread(target=watch)\n"
+        "watcher.start()\n"
         f"inputs = (data.Input('x', np.dtype(np.float32), (-1, {width})),)\n"
-        "rows = data.load_rows(Path(sys.argv[1]), inputs)\n"
-        "print(json.dumps([len(rows), rows.in_file, max(peak, private()) - before]))\n"
+        f"rows = data.load_rows(Path(sys.argv[1]), inputs, sample_bytes={sample})\n"
+        "over.set()\n"
+        "watcher.join()\n"
+        "print(json.dumps([len(rows), rows.in_file, max(peaks) - peaks[0]]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True, timeout=100
