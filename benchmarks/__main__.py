@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import deltas, machine, serve, swap
+from benchmarks import deltas, machine, rules, serve, swap
 
 
 def main() -> None:
@@ -10,6 +10,7 @@ def main() -> None:
     serve.main()
     swap.main()
     deltas.main()
+    rules.main()
 
 
 if __name__ == "__main__":
