@@ -90,6 +90,9 @@ class EngineConfig(_Section, frozen=True):
     threads: Count = 1
     inline_below_ms: NotNegative = 2.0  # a model measured faster runs on the event loop, else in a thread
     max_batch_rows: Count = 64
+    # A request waits so long for others to go through the model with it; 0: not at all. It costs every answer
+    # that time, and processor time below a millisecond; worth it only for models that gain much by batches.
+    batch_delay_us: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
     warmup_runs: Count = 20
     # Models in memory together, each at twice its file (onnxruntime keeps a packed copy); 0: no limit. Beyond
     # it the one not asked for longest is unloaded, its rules answer, and the next request brings it back.

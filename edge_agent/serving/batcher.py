@@ -5,6 +5,10 @@ together; a request that comes alone goes alone, at once. A fast model runs on t
 costs more than its run), a slow one in a thread of its own, where requests whose time runs out are given back
 and a run that outlives all of its requests is aborted.
 
+Where a delay is configured, a request waits up to so long for company, unless the batch is full before, or
+somebody in it has little time. Event loops keep time in whole milliseconds: the rest of a delay is passed by
+turning the loop, which also is when company arrives.
+
 The rows of a batch are laid into one buffer that is used again, and its outcome is told once for all of its
 requests: what costs a microsecond a call is paid per batch.
 """
@@ -17,12 +21,15 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from edge_agent.errors import EngineError
 from edge_agent.serving.engine import Engine
 from edge_agent.serving.tensors import Feeds
+
+_TICK: Final = 0.001  # seconds; what the timers of asyncio and uvloop can tell apart
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +73,7 @@ class Batcher:
         inline: bool,
         finish: Finish,
         observe_rows: Callable[[float], None],
+        delay: float = 0.0,
     ) -> None:
         self._engine = engine
         self._max_rows = max_rows if joinable else 1
@@ -73,6 +81,9 @@ class Batcher:
         self._inline = inline
         self._finish = finish
         self._observe_rows = observe_rows
+        self._delay = delay if joinable else 0.0  # seconds that a request may wait for others
+        self._hurry = False  # somebody in the queue has no time for that
+        self._timer: asyncio.TimerHandle | None = None
         self._queue: deque[Pending] = deque()
         self._loop = asyncio.get_running_loop()
         self._scheduled = False
@@ -84,9 +95,12 @@ class Batcher:
         self.timings = Timings()  # written where the engine runs, one batch at a time
 
     def add(self, request: Pending) -> None:
-        """Queue a request; it is computed at the end of this turn of the loop."""
+        """Queue a request; it is computed at the end of this turn of the loop, or after the delay."""
         self._queue.append(request)
         self.pending_rows += request.rows
+        if self._delay:
+            self._hurry |= request.deadline - request.started < 2 * self._delay
+            self._hasten()
         if not self._inline:
             self._loop.call_later(max(request.deadline - request.started, 0.0), self._expire, request)
         if not self._scheduled and not self._running:
@@ -96,11 +110,32 @@ class Batcher:
     def close(self, then: Callable[[], None]) -> None:
         """Let the queue run dry, then call ``then``; nothing is added any more."""
         self._closing = then
+        self._hasten()
         if not self._scheduled and not self._running and not self._queue:
             self._shut()
 
+    def _wait(self) -> float:
+        """How much longer the queue may wait for company, in seconds."""
+        if not self._queue or self._hurry or self._closing or self.pending_rows >= self._max_rows:
+            return 0.0
+        return self._queue[0].started + self._delay - time.monotonic()
+
+    def _hasten(self) -> None:
+        """End a wait that has lost its reason."""
+        if self._timer is not None and self._wait() <= 0:
+            self._timer.cancel()
+            self._timer = None
+            self._loop.call_soon(self._flush)
+
     def _flush(self) -> None:
-        self._scheduled = False
+        self._timer = None
+        if self._delay and (wait := self._wait()) > 0:
+            if wait < _TICK:
+                self._loop.call_soon(self._flush)
+            else:
+                self._timer = self._loop.call_later(wait // _TICK * _TICK, self._flush)
+            return
+        self._scheduled = self._hurry = False
         batch = self._take()
         if not batch:
             if self._closing:

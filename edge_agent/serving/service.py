@@ -373,6 +373,7 @@ class Service:
             inline=median < self._engine.inline_below_ms / 1000,
             finish=self._finish,
             observe_rows=release.metrics.batch,
+            delay=self._engine.batch_delay_us * 1e-6,
         )
         return release
 

@@ -173,3 +173,92 @@ def test_who_waits_longest_gets_its_own_rows_when_the_others_of_its_batch_gave_u
         batcher.close(lambda: None)
 
     asyncio.run(story())
+
+
+def waiting_batcher(bundle: Bundle, delay: float, max_rows: int = 64) -> tuple[Batcher, list[int]]:
+    """A batcher on the loop, and the rows of each batch that it has computed."""
+    batches: list[int] = []
+    engine = Engine.load(bundle.member(MODEL), EngineConfig())
+    batcher = Batcher(
+        engine, max_rows=max_rows, joinable=True, inline=True, finish=lambda *_: None,
+        observe_rows=lambda rows: batches.append(int(rows)), delay=delay,
+    )  # fmt: skip
+    return batcher, batches
+
+
+def pending(seconds: float = 1e6) -> Pending:
+    now = time.monotonic()
+    return Pending({"x": models.rows(1)}, 1, now, now + seconds)
+
+
+async def turns(number: int) -> None:
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+def test_with_a_delay_requests_of_different_turns_go_together(bundle: Bundle) -> None:
+    async def story() -> None:
+        for delay, expected in ((0.0, [1, 1, 1]), (0.2, [3])):
+            batcher, batches = waiting_batcher(bundle, delay)
+            order = [pending(), pending(), pending()]
+            for request in order:
+                batcher.add(request)
+                await turns(3)
+            while not all(request.done for request in order):
+                await asyncio.sleep(0)
+            assert batches == expected
+            # Once more: nothing of the first wait is left over.
+            batcher.add(last := pending())
+            while not last.done:
+                await asyncio.sleep(0.001)
+            assert batches == [*expected, 1]
+
+    asyncio.run(story())
+
+
+def test_nobody_waits_for_company_in_a_full_batch_or_with_little_time_or_at_the_end(bundle: Bundle) -> None:
+    hour = 3600.0
+
+    async def story() -> None:
+        batcher, batches = waiting_batcher(bundle, hour, max_rows=2)
+        batcher.add(pending())
+        await turns(5)
+        assert batches == []
+        batcher.add(pending())
+        await turns(5)
+        assert batches == [2]
+
+        batcher, batches = waiting_batcher(bundle, hour)
+        batcher.add(pending())
+        await turns(5)
+        batcher.add(pending(seconds=hour))
+        await turns(5)
+        assert batches == [2]
+
+        batcher, batches = waiting_batcher(bundle, hour)
+        batcher.add(pending())
+        closed = asyncio.Event()
+        batcher.close(closed.set)
+        await asyncio.wait_for(closed.wait(), 20)
+        assert batches == [1]
+
+    asyncio.run(story())
+
+
+def test_the_configured_delay_reaches_the_engine(bundle: Bundle) -> None:
+    async def story() -> None:
+        registry = CollectorRegistry()
+        service = Service(
+            ServingConfig(deadline_ms=60_000), EngineConfig(batch_delay_us=200_000),
+            DriftConfig(enabled=False), AgentMetrics(registry, "test", "0"),
+        )  # fmt: skip
+        await service.start("unit", bundle)
+        asked = []
+        for _ in range(4):
+            asked.append(service.submit("unit", None, {"x": models.rows(1)}))
+            await turns(3)
+        assert {answer.reason for answer in await asyncio.gather(*asked)} == {"ok"}
+        labels = {"model": "unit", "version": bundle.manifest.version}
+        assert registry.get_sample_value("edge_batch_rows_count", labels) == 1
+
+    asyncio.run(story())
