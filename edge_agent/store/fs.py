@@ -25,7 +25,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -68,26 +68,22 @@ class Disk:
         Raises:
             StoreError: the file is as it was, unless only the folder's fsync failed.
         """
-        temporary = _beside(path)
-        with explained("write", path):
+
+        def fill(temporary: Path) -> None:
+            self.before("open", temporary)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
-                self.before("open", temporary)
-                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-                try:
-                    rest = memoryview(data)
-                    while rest:
-                        self.before("write", temporary)
-                        rest = rest[os.write(descriptor, rest) :]
-                    self.before("fsync", temporary)
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-                self.before("rename", path)
-                temporary.replace(path)
-            except BaseException:
-                _forget(temporary)
-                raise
-            self._sync(path.parent)
+                rest = memoryview(data)
+                while rest:
+                    self.before("write", temporary)
+                    rest = rest[os.write(descriptor, rest) :]
+                self.before("fsync", temporary)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+        with explained("write", path):
+            self._replace(path, fill)
 
     def replace_symlink(self, link: Path, target: Path) -> None:
         """Point ``link`` at ``target`` (stored as given, relative to the link's folder).
@@ -95,17 +91,13 @@ class Disk:
         Raises:
             StoreError: the link is as it was, unless only the folder's fsync failed.
         """
-        temporary = _beside(link)
+
+        def point(temporary: Path) -> None:
+            self.before("symlink", temporary)
+            temporary.symlink_to(target)
+
         with explained("switch", link):
-            try:
-                self.before("symlink", temporary)
-                temporary.symlink_to(target)
-                self.before("rename", link)
-                temporary.replace(link)
-            except BaseException:
-                _forget(temporary)
-                raise
-            self._sync(link.parent)
+            self._replace(link, point)
 
     def replace_link(self, path: Path, source: Path) -> None:
         """Make ``path`` a hard link to ``source``, whatever was there before.
@@ -113,20 +105,15 @@ class Disk:
         Raises:
             StoreError: what was there is as it was, unless only the folder's fsync failed.
         """
-        temporary = _beside(path)
+
+        def link(temporary: Path) -> None:
+            self.before("link", temporary)
+            temporary.hardlink_to(source)
+
         with explained("link", path):
             # rename(2) between two links of one file does nothing and leaves both: ask first.
-            if path.exists() and path.samefile(source):
-                return
-            try:
-                self.before("link", temporary)
-                temporary.hardlink_to(source)
-                self.before("rename", path)
-                temporary.replace(path)
-            except BaseException:
-                _forget(temporary)
-                raise
-            self._sync(path.parent)
+            if not (path.exists() and path.samefile(source)):
+                self._replace(path, link)
 
     def adopt(self, source: Path, path: Path) -> None:
         """Move a file into place, its content on the medium first. It becomes read-only.
@@ -213,6 +200,19 @@ class Disk:
         for path in left:
             self.remove_tree(path)
 
+    def _replace(self, path: Path, make: Callable[[Path], None]) -> None:
+        """``make`` an entry under a name nobody uses, rename it to ``path``, make that durable."""
+        temporary = path.parent / unique()
+        try:
+            make(temporary)
+            self.before("rename", path)
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        self._sync(path.parent)
+
     def _sync(self, path: Path) -> None:
         self.before("fsync", path)
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -225,12 +225,3 @@ class Disk:
 def unique(prefix: str = TEMPORARY) -> str:
     """A name nobody has used: 64 random bits."""
     return prefix + secrets.token_hex(8)
-
-
-def _beside(path: Path) -> Path:
-    return path.parent / unique()
-
-
-def _forget(temporary: Path) -> None:
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
