@@ -8,6 +8,8 @@ Invariants:
 - answers leave a connection in the order of its requests, however they were pipelined;
 - a caller's mistake gets a 4xx with one ``{"error": ...}`` sentence, and the connection stays usable; only
   what breaks the framing itself (a garbage request line, an oversized header) is answered and closed;
+- a head that was parsed once is known by its bytes: the next request that begins with the same ones, and is
+  there as a whole, skips the parser and means the same;
 - every resource is bounded: header, body, bodies in memory together, pipelined requests, connections, time;
 - admin routes exist on the Unix socket only, which its file mode protects.
 
@@ -26,7 +28,7 @@ import socket
 from collections import deque
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import httptools
 
@@ -37,7 +39,7 @@ from edge_agent.telemetry.logs import EventLog
 from edge_agent.telemetry.metrics import AgentMetrics
 from edge_agent.transport import codec
 from edge_agent.transport.doors import CERTIFICATE, RENEWAL_SECONDS, Doors, Rates, Stamp
-from edge_agent.transport.routes import Admin, Exchange, Refusal, Routes, quoted
+from edge_agent.transport.routes import Admin, Exchange, Refusal, Route, Routes, quoted
 from edge_agent.transport.status import OUTCOMES, STATUS_BY_ERROR, outcome, status_of
 
 __all__ = ["OUTCOMES", "STATUS_BY_ERROR", "HttpServer", "outcome", "status_of"]
@@ -52,6 +54,8 @@ MAX_PIPELINED: Final = 32  # requests of one connection under way; beyond it the
 DRAIN_FACTOR: Final = 8  # a refused body is read and thrown away up to this many times the limit, then cut
 BODIES_FACTOR: Final = 4  # all bodies in memory together, in units of the limit for one
 LINGER_SECONDS: Final = 2.0  # after a refusal that closes, so that the client can still read the answer
+MAX_KNOWN_HEADS: Final = 256  # of all connections together, each of at most ...
+MAX_KNOWN_HEAD_BYTES: Final = 1 << 10
 _BACKLOG: Final = 1024
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -64,11 +68,22 @@ class _Closing(Exception):
         self.status = status
 
 
+class _Head(NamedTuple):
+    """What the bytes of a request line and its headers mean, as the parser has read them."""
+
+    target: bytes
+    method: bytes
+    json_size: bytes | None
+    content_type: bytes | None
+    route: Route | None
+    body_bytes: int
+
+
 class HttpServer:
     """The listeners and what they share. Lives on one event loop.
 
-    ``unix_path`` adds a second listener on a Unix socket (mode 0600) with everything and the admin routes.
-    After ``start``: ``port`` and ``url``.
+    ``open_control``, or ``unix_path`` at the start, adds a second listener on a Unix socket (mode 0600) with
+    everything and the admin routes. After ``start``: ``port`` and ``url``.
     """
 
     def __init__(
@@ -85,6 +100,7 @@ class HttpServer:
         self.url = ""
         self.body_bytes = 0  # of unfinished requests, all connections together
         self.connections: set[_Connection] = set()
+        self.heads: dict[bytes, _Head] = {}
         self.routes = Routes(service, metrics, admin)
         self.doors = Doors.shut()
         self.rates: Rates | None = None
@@ -116,19 +132,30 @@ class HttpServer:
         sockets = await self._bind(self.config)
         await self._listen(self.config, doors, sockets)
         if self._unix_path is not None:
-            loop = asyncio.get_running_loop()
             try:
-                unix = _bind_unix(self._unix_path)
-                self._control = await loop.create_unix_server(
-                    lambda: _Connection(self, admin=True), sock=unix
-                )
-            except OSError as error:
+                await self.open_control(self._unix_path)
+            except ConfigError:
                 await self.stop(0)
-                raise ConfigError(
-                    f"control socket {self._unix_path}: {error.strerror or error}; choose another store"
-                ) from error
+                raise
         self._sweep()
         self._renewal = asyncio.create_task(self._renew(), name="http-renewal")
+
+    async def open_control(self, path: Path) -> None:
+        """Listen on a Unix socket, too, with the admin routes; whoever calls this holds the store's lock.
+
+        Raises:
+            ConfigError: the path is unusable.
+        """
+        try:
+            unix = _bind_unix(path)
+            self._control = await asyncio.get_running_loop().create_unix_server(
+                lambda: _Connection(self, admin=True), sock=unix
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"control socket {path}: {error.strerror or error}; choose another store"
+            ) from error
+        self._unix_path = path
 
     async def reconfigure(self, config: HttpConfig) -> None:
         """Go on with another configuration; connections that are open keep the limits they began with.
@@ -157,8 +184,9 @@ class HttpServer:
         self._sockets.clear()
         if self._control is not None:
             self._control.close()
-        if self._unix_path is not None:
-            self._unix_path.unlink(missing_ok=True)
+            self._control = None
+            if self._unix_path is not None:
+                self._unix_path.unlink(missing_ok=True)
         for connection in list(self.connections):
             connection.close_when_idle()
         if self.connections and drain_seconds > 0:
@@ -278,6 +306,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._queue: deque[Exchange] = deque()
         self._reading: Exchange | None = None
+        self._last: Exchange | None = None  # the last complete one of what is being parsed
         self._in_header = False
         self._deaf = False  # nothing more is parsed; what comes is thrown away
         self._closing = False  # closed once the queue is written
@@ -348,6 +377,12 @@ class _Connection(asyncio.Protocol):
         if self._deaf:
             return
         before, in_header = self._reading, self._in_header
+        end = 0  # of the head, where a request begins with these bytes
+        if before is None:
+            end = data.find(b"\r\n\r\n", 0, MAX_KNOWN_HEAD_BYTES) + 4
+            head = self._server.heads.get(data[:end])
+            if head is not None and len(data) == end + head.body_bytes and self._take_up(head, data[end:]):
+                return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -366,7 +401,63 @@ class _Connection(asyncio.Protocol):
                 before.header_bytes += len(data)
                 if before.header_bytes > MAX_HEADER_BYTES:
                     self._close_with(431, f"header: more than {MAX_HEADER_BYTES} bytes")
+            elif end > 3 and self._reading is None:
+                self._learn(data[:end], len(data) - end)
+            self._last = None
             self._throttle()
+
+    def _learn(self, data: bytes, body_bytes: int) -> None:
+        """Remember what the head of the last request means, if that was all that came.
+
+        Its body was as long as what followed the head, so it was not chunked, and the same head is followed
+        by as many bytes again. A head with a token is forgotten: secrets do not lie around.
+        """
+        exchange = self._last
+        if (
+            exchange is None
+            or exchange.size != body_bytes
+            or exchange.authorization is not None
+            or exchange.expect is not None
+            or exchange.old
+            or not exchange.keep_alive
+            or exchange.refusal is not None
+        ):
+            return
+        heads = self._server.heads
+        # Heads come from strangers: the cache is emptied rather than grown.
+        if len(heads) >= MAX_KNOWN_HEADS:
+            heads.clear()
+        heads[data] = _Head(
+            exchange.target,
+            exchange.method,
+            exchange.json_size,
+            exchange.content_type,
+            exchange.route,
+            body_bytes,
+        )
+
+    def _take_up(self, head: _Head, body: bytes) -> bool:
+        """A whole request whose head is known; False if the parser should see it all the same."""
+        server = self._server
+        if head.body_bytes > self._config.max_body_bytes or server.stopping:
+            return False
+        exchange = Exchange(
+            self,
+            head.target,
+            head.method,
+            json_size=head.json_size,
+            content_type=head.content_type,
+            route=head.route,
+            parts=[body],
+            size=head.body_bytes,
+        )
+        if not self.admin and (server.doors.guarded or server.rates is not None):
+            self._let_in(exchange)
+        self._queue.append(exchange)
+        server.routes.dispatch(exchange)
+        self._throttle()
+        self._rest()
+        return True
 
     # -- the parser ----------------------------------------------------------------------------------------
 
@@ -457,7 +548,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         exchange = self._request()
-        self._reading = None
+        self._reading, self._last = None, exchange
         self._queue.append(exchange)
         self._server.body_bytes -= sum(map(len, exchange.parts))
         if self._server.stopping:
@@ -532,6 +623,16 @@ class _Connection(asyncio.Protocol):
     def _write(self) -> None:
         """Write what is ready at the head of the queue; close if that was the last."""
         queue = self._queue
+        if len(queue) == 1 and not self._closing and not self._paused:  # nearly always
+            exchange = queue[0]
+            if exchange.response is None:
+                return
+            if exchange.keep_alive:
+                queue.clear()
+                self._transport.write(exchange.response)
+                if not self._write_full:
+                    self._rest()
+                    return
         while queue and queue[0].response is not None:
             exchange = queue.popleft()
             self._transport.write(cast("bytes", exchange.response))

@@ -17,7 +17,6 @@ import functools
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import unquote
 
@@ -75,8 +74,7 @@ class Refusal(NamedTuple):
     retry_after: float = RETRY_AFTER_SECONDS  # seconds; for 429 and 503
 
 
-@dataclass(slots=True, eq=False)
-class Exchange:
+class Exchange(msgspec.Struct, eq=False):
     """One request and, in time, its response. Lives in its connection's queue until it is written."""
 
     connection: Connection
@@ -91,7 +89,7 @@ class Exchange:
     host: bool = False
     headers: int = 0
     header_bytes: int = 0
-    parts: list[bytes] = field(default_factory=list)
+    parts: list[bytes] = []  # of its own: msgspec copies it
     size: int = 0
     authorization: bytes | None = None
     route: Route | None = None
