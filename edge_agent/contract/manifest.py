@@ -58,6 +58,8 @@ class Datatype(enum.Enum):
     FP32 = "FP32"
     FP64 = "FP64"
 
+    __hash__ = object.__hash__  # by identity, as they are equal; Enum's own is Python code at every look-up
+
 
 class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """One input or output of the model.

@@ -48,7 +48,7 @@ def datatype_of(dtype: np.dtype[Any]) -> Datatype:
         InvalidInput: the protocol has no such type.
     """
     try:
-        return _DATATYPES[dtype.newbyteorder("<")]
+        return _DATATYPES.get(dtype) or _DATATYPES[dtype.newbyteorder("<")]
     except KeyError:
         raise InvalidInput(f"element type {dtype} has no Open Inference Protocol name") from None
 
@@ -95,17 +95,17 @@ def conform(specs: Sequence[TensorSpec], inputs: Mapping[str, Tensor], max_rows:
     if len(specs) == 1:  # nearly always: rows that fit as they are need no more than this
         spec = specs[0]
         tensor = inputs.get(spec.name)
-        if (
-            tensor is not None
-            and len(inputs) == 1
-            and tensor.ndim > 0
-            and tensor.shape[1:] == spec.shape[1:]
-            and spec.shape[0] == -1
-            and 1 <= tensor.shape[0] <= max_rows
-            and tensor.dtype == _DTYPES[spec.datatype]
-            and tensor.flags.c_contiguous
-        ):
-            return {spec.name: tensor}, tensor.shape[0]
+        if tensor is not None and len(inputs) == 1:
+            shape = tensor.shape
+            if (
+                shape[1:] == spec.shape[1:]
+                and spec.shape[:1] == (-1,)
+                and shape
+                and 1 <= shape[0] <= max_rows
+                and tensor.dtype is _DTYPES[spec.datatype]
+                and tensor.flags.c_contiguous
+            ):
+                return {spec.name: tensor}, shape[0]
     if len(inputs) != len(specs) or any(spec.name not in inputs for spec in specs):
         expected = ", ".join(spec.name for spec in specs)
         raise InvalidInput(f"inputs: expected {expected}, got {', '.join(inputs) or 'none'}")

@@ -176,6 +176,17 @@ def decode_infer(body: bytes, json_size: int | None, manifest: Callable[[], Mani
         raise InvalidInput(
             f"Inference-Header-Content-Length is {json_size}, the whole body has {len(body)} bytes"
         )
+    if json_size is None:
+        plain = numbers.only_input(body)
+        if (
+            plain is not None
+            and plain.datatype == "FP32"
+            and len(plain.shape) <= MAX_RANK
+            and min(plain.shape, default=-1) > 0
+            and math.prod(plain.shape) == plain.numbers.size
+        ):
+            array = _cast(plain.numbers, _FLOAT32, "inputs[0].data")
+            return InferRequest(None, {plain.name: array.reshape(plain.shape)}, None, None, frozenset())
     head = body if json_size is None else body[:json_size]
     request = _decode(_INFER, head, "body")
     inputs: dict[str, Tensor] = {}
@@ -431,7 +442,7 @@ def _why_malformed(data: bytes, message: str) -> str:
 def _cast(values: numbers.Numbers, dtype: np.dtype[Any], where: str) -> Tensor:
     """Numbers as the model's element type."""
     if dtype is _FLOAT32:
-        flat = values.reshape(-1)
+        flat = values if values.ndim == 1 else values.reshape(-1)
         # One multiplication a number, in C, says that all of them fit.
         try:
             if flat.dot(flat) < _SAFE_SQUARES:
@@ -485,36 +496,56 @@ class _Decided(msgspec.Struct, omit_defaults=True):
     id: str | None = None
 
 
+class _Tensor(msgspec.Struct):
+    """An output of the Open Inference Protocol: in JSON, or as bytes that follow it."""
+
+    name: str
+    shape: tuple[int, ...]
+    datatype: Datatype
+    parameters: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
+    data: list[Any] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Inferred(msgspec.Struct):
+    """A response of the Open Inference Protocol."""
+
+    model_name: str
+    model_version: str
+    id: str | msgspec.UnsetType
+    parameters: dict[str, str]
+    outputs: list[_Tensor]
+
+
 def encode_infer(answer: Answer, request: InferRequest) -> Body:
     """An answer as Open Inference Protocol v2. Non-finite numbers are null in JSON and kept in binary."""
-    tensors: list[dict[str, Any]] = []
+    tensors: list[_Tensor] = []
     raw: list[bytes] = []
+    wanted, binary = request.outputs, request.binary
     for name, array in answer.outputs.items():
-        if request.outputs is not None and name not in request.outputs:
+        if wanted is not None and name not in wanted:
             continue
         datatype = datatype_of(array.dtype)
-        tensor: dict[str, Any] = {"name": name, "shape": array.shape, "datatype": datatype.value}
-        if request.binary is None or name in request.binary:
-            data = np.ascontiguousarray(array, numpy_dtype(datatype)).tobytes()
-            tensor["parameters"] = {"binary_data_size": len(data)}
+        if binary is None or name in binary:
+            data = array.tobytes() if array.dtype.isnative else array.astype(numpy_dtype(datatype)).tobytes()
+            tensors.append(_Tensor(name, array.shape, datatype, {"binary_data_size": len(data)}))
             raw.append(data)
         else:
-            tensor["data"] = array.ravel().tolist()
-        tensors.append(tensor)
-    head: dict[str, Any] = {"model_name": answer.model, "model_version": answer.version}
-    if request.id is not None:
-        head["id"] = request.id
-    head["parameters"] = {"source": answer.source, "reason": answer.reason}
-    head["outputs"] = tensors
+            tensors.append(_Tensor(name, array.shape, datatype, msgspec.UNSET, array.ravel().tolist()))
+    head = _Inferred(
+        answer.model,
+        answer.version,
+        msgspec.UNSET if request.id is None else request.id,
+        {"source": answer.source, "reason": answer.reason},
+        tensors,
+    )
     text = _ENCODER.encode(head)
-    if not raw and request.binary is not None:
+    if not raw and binary is not None:
         return Body(text)
     return Body(b"".join((text, *raw)), len(text))
 
 
 def encode_predict(answer: Answer, request: PredictRequest) -> Body:
     """An answer of the decision API: one object for one row, ``{"results": [...]}`` for a list of rows."""
-    rows = next(iter(request.inputs.values())).shape[0]
     decision, scores = answer.decision, answer.scores
     source, reason, model, version = answer.source, answer.reason, answer.model, answer.version
     latency = round(answer.seconds * 1e3, 4)
@@ -533,7 +564,7 @@ def encode_predict(answer: Answer, request: PredictRequest) -> Body:
                 None, None, None, None, source, reason, model, version, latency,
                 {name: array[row].tolist() for name, array in answer.outputs.items()}, request.id,
             )
-            for row in range(rows)
+            for row in range(next(iter(request.inputs.values())).shape[0])
         ]  # fmt: skip
     return Body(_ENCODER.encode({"results": results} if request.many else results[0]))
 

@@ -50,3 +50,38 @@ def test_whatever_is_not_plainly_rows_of_numbers_goes_the_long_way(data):
 def test_an_object_with_more_than_the_field_goes_the_long_way(body):
     assert numbers.only_field(body, "features") is None
     assert numbers.only_field(b'{"features":[1, 2]}', "features").tolist() == [1, 2]
+
+
+def _infer(name: str, shape: list, datatype: str, data: list) -> bytes:
+    tensor = {"name": name, "shape": shape, "datatype": datatype, "data": data}
+    return json.dumps({"inputs": [tensor]}).encode()
+
+
+@given(st.text(max_size=8), st.lists(st.integers(0, 9), max_size=3), st.lists(FINITE, min_size=1, max_size=9))
+def test_the_one_input_of_a_request_is_what_the_long_way_makes_of_it(name, shape, data):
+    found = numbers.only_input(_infer(name, shape, "FP32", data))
+    if "[" in name:
+        assert found is None
+    else:
+        assert (found.name, found.shape, found.datatype) == (name, shape, "FP32")
+        assert np.array_equal(found.numbers, np.array(data, dtype=np.float64))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"[]", b"3", b"{}", b'{"inputs":[]}', b'{"inputs":{}}', b'{"inputs":[3]}', b'{"inputs":[{}]}',
+        _infer("x", [1], "FP32", []), _infer("x", [1], "FP32", [[1]]), _infer("x", [1], "FP32", [None]),
+        _infer("x", [1.0], "FP32", [1]), _infer("x", [True], "FP32", [1]), _infer("x", [[1]], "FP32", [1]),
+        _infer("x", [1], "FP32", [1])[:-1], _infer("x", [1], "FP32", [1]) + b"x",
+        _infer("x", [1], "FP32", [1])[:-1] + b',"id":"7"}',
+        _infer("x", [1], "FP32", [1])[:-1] + b',"inputs":[]}',
+        b'{"inputs":[{"name":"x","name":"y","datatype":"FP32","data":[1]}]}',
+        b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1],"parameters":{}}]}',
+        b'{"inputs":[{"name":3,"shape":[1],"datatype":"FP32","data":[1]}]}',
+        b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]},{}]}',
+    ],
+)  # fmt: skip
+def test_a_request_with_more_than_one_plain_input_goes_the_long_way(body):
+    assert numbers.only_input(body) is None
+    assert numbers.only_input(_infer("x", [1], "FP32", [5])).numbers.tolist() == [5.0]
