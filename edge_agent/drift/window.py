@@ -1,7 +1,8 @@
 """A tumbling window of counts: constant memory, however many rows pass.
 
-Rows are kept until a block of them is full and then counted together, which is ten times cheaper than one
-by one: about 3 us a row at 512 features.
+Rows are kept until a block of them is full and then counted together, which is five times cheaper than one
+by one: about 6 us a row at 512 features. A larger block would cost half of that a row, and keep the event
+loop, where it is counted, for three times as long.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from edge_agent.contract.baseline import Histogram
 from edge_agent.drift.binning import Bins, as_float32
 
-BLOCK_ROWS: Final = 64  # 512 float32 features: 128 kB
+BLOCK_ROWS: Final = 16  # 512 float32 features: 32 kB, 0.1 ms
 
 
 class Window:

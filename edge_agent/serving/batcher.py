@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from edge_agent.errors import EngineError
@@ -32,8 +33,7 @@ from edge_agent.serving.tensors import Feeds
 _TICK: Final = 0.001  # seconds; what the timers of asyncio and uvloop can tell apart
 
 
-@dataclass(slots=True, eq=False)
-class Pending:
+class Pending(msgspec.Struct, eq=False):
     """A request on its way through the engine. Times are ``time.monotonic()``, in seconds."""
 
     feeds: Feeds

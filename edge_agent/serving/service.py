@@ -33,6 +33,7 @@ from edge_agent.contract.golden import FILE_NAME as GOLDEN
 from edge_agent.contract.golden import parse as parse_golden
 from edge_agent.contract.manifest import Decision, Manifest
 from edge_agent.drift.detector import DriftDetector, DriftVerdict
+from edge_agent.drift.window import BLOCK_ROWS
 from edge_agent.errors import BadRules, EngineError, InvalidInput, Overloaded, Unavailable, UnknownModel
 from edge_agent.rules.evaluate import RuleSet, constant
 from edge_agent.serving import tensors
@@ -655,25 +656,27 @@ class Service:
                     if not all(map(math.isfinite, values[request.begin : request.begin + request.rows])):
                         self._give_up(request, "non_finite")
                 requests = [request for request in requests if not request.told]
+        if not requests:
+            return
         now = time.monotonic()
         rows = failed_rows = 0
         answers = []
-        name, version, digest = manifest.name, manifest.version, release.bundle.digest
+        seconds = []
+        # Plain strings: the encoder would ask what a Version is, at every answer.
+        name, version, digest = manifest.name, str(manifest.version), str(release.bundle.digest)
         for request in requests:
             begin, end = request.begin, request.begin + request.rows
             rows += request.rows
-            answer = Answer(
+            took = now - request.started
+            seconds.append(took)
+            scores = values[begin:end] if request.joined and values is not None else values
+            if scores is not None and decision is not None:
+                failed_rows += [fails(score, decision) for score in scores].count(True)
+            answers.append(Answer(
                 name, version, digest, "model", "ok",
                 {key: value[begin:end] for key, value in outputs.items()} if request.joined else outputs,
-                values[begin:end] if request.joined and values is not None else values,
-                decision,
-                now - request.started,
-            )  # fmt: skip
-            answers.append(answer)
-            if answer.failed is not None:
-                failed_rows += sum(answer.failed)
-        if not answers:
-            return
+                scores, decision, took,
+            ))  # fmt: skip
         if slot.release is release:
             slot.failures = 0
             slot.rows += rows
@@ -681,15 +684,12 @@ class Service:
             if slot.shadow is not None:
                 for request, answer in zip(requests, answers, strict=True):
                     slot.shadow.offer(request.feeds, request.rows, answer.failed, answer.seconds)
-        release.metrics.all_answered("ok", rows, failed_rows, [answer.seconds for answer in answers])
+        release.metrics.all_answered("ok", rows, failed_rows, seconds)
+        watched = release.detector is not None and decision is not None
         for request, answer in zip(requests, answers, strict=True):
             request.told = True
             request.then(answer)
-            if (
-                release.detector is not None
-                and answer.scores is not None
-                and slot.unwatched_rows < self._drift.max_rows_per_second
-            ):
+            if watched and slot.unwatched_rows < self._drift.max_rows_per_second:
                 self._offer_to_drift(slot, request, np.array(answer.scores))
 
     def _by_rules(
@@ -732,18 +732,27 @@ class Service:
             return
         detector = release.detector  # a swap meanwhile retires the release and takes it away
         slot.scores += _by_octave([scores for _, scores in rows], release.manifest.decision)
-        verdict = await asyncio.to_thread(_update_drift, detector, rows)
+        for features, scores in rows:
+            # On the loop, in slices of a tenth of a millisecond: a thread would keep the interpreter from
+            # answering for as long as it likes.
+            for begin in range(0, len(features), BLOCK_ROWS):
+                part = slice(begin, begin + BLOCK_ROWS)
+                verdict = detector.update(features[part], scores[part])
+                if slot.release is not release:
+                    return
+                if verdict is not None:
+                    self._judged(slot, verdict)
+                await asyncio.sleep(0)
         self._metrics.drift_rows(slot.name, detector.rows_in_window)
-        if verdict is None or slot.release is not release:
-            return
+
+    def _judged(self, slot: _Slot, verdict: DriftVerdict) -> None:
         if verdict.drifting and not (slot.drift and slot.drift.drifting):
             log.warning("model %s: drift in %s", slot.name, ", ".join(verdict.features[:5]) or "the score")
         slot.drift = verdict
         self._metrics.drift(slot.name, verdict.statistics, len(verdict.features))
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Request(Pending):
+class _Request(Pending, eq=False, kw_only=True):
     """A pending request, and where its answer goes."""
 
     then: Then
@@ -824,13 +833,6 @@ def _by_octave(scores: list[Scores], decision: Decision | None) -> npt.NDArray[n
     ratios = np.maximum(np.concatenate(scores), 1e-300) / decision.threshold
     octaves = np.clip(np.rint(np.log2(ratios)), -_OCTAVES, _OCTAVES).astype(np.int64)
     return np.bincount(octaves + _OCTAVES, minlength=2 * _OCTAVES + 1)
-
-
-def _update_drift(detector: DriftDetector, batches: list[tuple[Tensor, Scores]]) -> DriftVerdict | None:
-    verdict = None
-    for rows, scores in batches:
-        verdict = detector.update(rows, scores) or verdict
-    return verdict
 
 
 def _retire(release: _Release | None) -> None:
