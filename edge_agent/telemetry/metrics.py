@@ -7,6 +7,7 @@ is counted in plain lists and made into a family at scrape: the agent's loop is 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
@@ -56,6 +57,7 @@ class AgentMetrics:
         self.update_check_time = self._gauge(names.UPDATE_CHECK_TIME)
         self.metadata_expiry = self._gauge(names.METADATA_EXPIRY)
         self.assignments_serial = self._gauge(names.ASSIGNMENTS_SERIAL)
+        self.store_writable = self._gauge(names.STORE_WRITABLE)
         self.queue_pending = self._gauge(names.QUEUE_PENDING)
         self.queue_sent = self._counter(names.QUEUE_SENT)
         self.queue_dropped = self._counter(names.QUEUE_DROPPED)
@@ -140,6 +142,14 @@ class AgentMetrics:
     def exposition(self) -> bytes:
         """The text exposition format, version 0.0.4."""
         return generate_latest(self.registry)
+
+    async def exposition_in_turns(self) -> bytes:
+        """The same, giving way to others after each family: all at once takes milliseconds on a small core."""
+        parts = []
+        for family in self.registry.collect():
+            parts.append(generate_latest(_One(family)))
+            await asyncio.sleep(0)
+        return b"".join(parts)
 
     def _counter(self, metric: Metric) -> Counter:
         return Counter(metric.name, metric.help, metric.labels, registry=self.registry)
@@ -226,6 +236,17 @@ class _Histograms(Collector):
             counts = accumulate(child.counts)
             family.add_metric(labels, list(zip(bounds, map(float, counts), strict=True)), child.total)
         yield family
+
+
+class _One(CollectorRegistry):
+    """What ``generate_latest`` takes, with one family in it."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self._family = family
+
+    def collect(self) -> Iterable[Family]:
+        return (self._family,)
 
 
 class _Count:

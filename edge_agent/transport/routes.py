@@ -349,7 +349,11 @@ class Routes:
         exchange.reply(200, codec.encode_json(report))
 
     def _exposition(self, exchange: Exchange, _: Route) -> None:
-        exchange.reply(200, self._metrics.exposition(), EXPOSITION)
+        self._run(
+            exchange,
+            self._metrics.exposition_in_turns(),
+            lambda text: exchange.reply(200, text, EXPOSITION),
+        )
 
     def _page(self, exchange: Exchange, _: Route) -> None:
         exchange.reply(200, PAGE, HTML, _PAGE_HEADERS)
@@ -408,8 +412,13 @@ class Routes:
             raise Unavailable("this agent was started without a store to administer")
         return self._admin
 
-    def _run(self, exchange: Exchange, work: Awaitable[Any]) -> None:
-        """Admin work takes seconds and files: the one place where a request is a task."""
+    def _run(
+        self, exchange: Exchange, work: Awaitable[Any], then: Callable[[Any], None] | None = None
+    ) -> None:
+        """What takes long, or gives way to others: the one place where a request is a task.
+
+        ``then`` answers with the result; None: it is sent as JSON.
+        """
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
 
@@ -419,6 +428,8 @@ class Routes:
                 exchange.reply(503, codec.encode_error("the agent is stopping"))
             elif (error := finished.exception()) is not None:
                 self._fail(exchange, error)
+            elif then is not None:
+                then(finished.result())
             else:
                 exchange.reply(200, codec.encode_json(finished.result() or {}))
 
