@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
 
-## make test    the test suite: real onnxruntime, sockets, mosquitto, Prometheus, git
+## make test    the test suite: real onnxruntime, sockets, mosquitto, Prometheus, git, an OCI registry
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import yaml
 
+from edge_agent.contract.registry import is_registry, parse_place
 from edge_agent.errors import ConfigError
 
 CONTROL_SOCKET: Final = "control.sock"  # in the store: whoever may write the store may command the agent
@@ -157,7 +158,8 @@ class UpdatesConfig(_Section, frozen=True):
 
     source: str = ""
     root: str = ""  # path of the embedded TUF root.json, the anchor of all trust
-    blobs: str = ""  # URL or path that members are fetched from; empty: the source
+    blobs: str = ""  # URL or path that members are fetched from, or oci://host/name; empty: the source
+    credentials_file: str = ""  # for that registry: `user:password`, or Docker's config.json
     proxy: str = ""  # http://host:port; empty: as the environment says
     ca_file: str = ""  # PEM: who signs the server's certificate; empty: the system's authorities
     client_certificate: str = ""  # PEM that the server asks for
@@ -293,6 +295,11 @@ def _check(config: Config, where: str) -> None:
             f"{where}: updates.source is set but updates.root is not; give the path of the fleet's "
             "root.json, without it no release can be trusted"
         )
+    if is_registry(config.updates.blobs):
+        try:
+            parse_place(config.updates.blobs)
+        except ValueError as error:
+            raise ConfigError(f"{where}: updates.blobs {error}") from error
     for number, window in enumerate(config.updates.windows):
         for key, clock in (("start", window.start), ("end", window.end)):
             if minutes_of_day(clock) is None:

@@ -21,9 +21,10 @@ from edge_agent.contract.errors import ContractError
 from edge_agent.contract.version import Version
 from fleet import controller, folder, release, status
 from fleet.controller import Controller
-from fleet.errors import FleetError, RolloutError
+from fleet.errors import FleetConfigError, FleetError, RolloutError
 from fleet.folder import Fleet
 from fleet.machine import Event, Phase
+from fleet.registry import ReleaseFile
 from fleet.repository import ONLINE
 from fleet.serve import StaticServer, keep_fresh
 
@@ -74,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(verbs, "publish", _publish, "Sign a bundle as a release and copy its members.")
     sub.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder or .tar")
     sub.add_argument("--stable", action="store_true", help="also assign it: the first release of a model")
+
+    sub = verb(
+        verbs, "push", _push, "Push published releases to the registry of fleet.yaml (publish does, too)."
+    )
+    sub.add_argument("version", nargs="?", metavar="VERSION", help="default: every published release")
+    _model(sub)
 
     sub = verb(verbs, "devices", _devices, "The devices and what they run.")
     _model(sub)
@@ -189,8 +196,15 @@ def _publish(arguments: argparse.Namespace) -> int:
                 f"{model} has the stable release {stable.version}; --stable is for the first one, "
                 "publish without it and use edge-fleet rollout start"
             )
+        place, pushed = fleet.registry(), None
+
+        def deliver(files: tuple[ReleaseFile, ...]) -> None:
+            nonlocal pushed
+            assert place is not None
+            pushed = place.push(model, bundle.manifest.version, files)
+
         with fleet.folder.locked():
-            done = fleet.repository.publish(bundle)
+            done = fleet.repository.publish(bundle, deliver if place else None)
             version = done.release.version
             fleet.commit(
                 f"{model} {version} is published",
@@ -203,6 +217,8 @@ def _publish(arguments: argparse.Namespace) -> int:
     text = (
         f"{model} {version} ({done.release.digest.short}) {what}: {done.blobs} new files, {done.bytes} bytes"
     )
+    if pushed is not None:
+        text += f"; {pushed.blobs} blobs, {pushed.bytes} bytes pushed to {place}"
     if arguments.stable:
         text += "; it is the stable release of every device"
     value = {
@@ -213,8 +229,29 @@ def _publish(arguments: argparse.Namespace) -> int:
         "files": done.blobs,
         "bytes": done.bytes,
         "stable": arguments.stable,
+        "pushed_bytes": pushed.bytes if pushed else None,
     }
     _say(arguments, text, value)
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    fleet = folder.opened(arguments.fleet)
+    place = fleet.registry()
+    if place is None:
+        raise FleetConfigError("fleet.yaml names no registry; add registry: {address: oci://host/name}")
+    models = [_chosen_model(fleet, arguments.model)] if arguments.model or arguments.version else None
+    releases = fleet.repository.releases()
+    values = []
+    for model in models or releases:
+        wanted = (
+            [Version(arguments.version)] if arguments.version else [one.version for one in releases[model]]
+        )
+        for version in wanted:
+            done = place.push(model, version, fleet.repository.files(model, version))
+            values.append({"model": model, "version": version, "blobs": done.blobs, "bytes": done.bytes})
+    lines = [f"{one['model']} {one['version']}: {one['blobs']} blobs, {one['bytes']} bytes" for one in values]
+    _say(arguments, "\n".join([f"pushed to {place}:", *lines]), values)
     return 0
 
 

@@ -17,6 +17,7 @@ import msgspec
 import yaml
 
 from fleet.errors import FleetConfigError
+from fleet.registry import RegistryConfig
 from fleet.repository import ExpiryConfig
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -113,6 +114,7 @@ class FleetConfig(_Section, frozen=True):
 
     name: str = "fleet"
     prometheus: PrometheusConfig | None = None
+    registry: RegistryConfig | None = None
     scrape: ScrapeConfig = ScrapeConfig()
     expiry: ExpiryConfig = ExpiryConfig()
     policy: Policy = Policy()
@@ -124,6 +126,9 @@ name: {name}
 
 # Where the devices' metrics are (label: device). Without it edge-fleet reads {{address}}/metrics of each.
 # prometheus: {{address: "http://127.0.0.1:9090"}}
+
+# An OCI registry that publish also pushes members to; devices name it in updates.blobs.
+# registry: {{address: "oci://registry.example/plant/models", credentials_file: /path/to/config.json}}
 
 policy:
   canary:

@@ -9,6 +9,7 @@
     ├── GitError            the operator: git refused (.command, .returncode, .output)
     ├── RolloutError        the operator: the roll-out cannot do this now
     ├── MeasurementError    the monitoring: Prometheus cannot be asked
+    ├── RegistryError       whoever runs the registry: it refused, or does not answer
     └── ServeError          the operator: the port is taken
 
 Errors of the formats themselves are ``edge_agent.contract.errors.ContractError``. ``cli.py`` turns every
@@ -53,6 +54,10 @@ class RolloutError(FleetError):
 
 class MeasurementError(FleetError):
     """Prometheus cannot be reached or answers nonsense."""
+
+
+class RegistryError(FleetError):
+    """An OCI registry refused, or does not answer."""
 
 
 class ServeError(FleetError):

@@ -28,6 +28,7 @@ from fleet.git import Git
 from fleet.inventory import Device
 from fleet.machine import Phase
 from fleet.measure import Source
+from fleet.registry import Registry
 from fleet.repository import Keys, Repository
 
 _IGNORED: Final = "/keys/\n/repository/blobs/\n/.lock\n.*.new\n.new-*\n"
@@ -94,6 +95,14 @@ class Fleet:
         if self.config.prometheus is not None:
             return measure.Prometheus(self.config.prometheus)
         return measure.Scraper(self.config.scrape)
+
+    def registry(self) -> Registry | None:
+        """Where members are pushed to beside the repository, if anywhere.
+
+        Raises:
+            FleetConfigError: what fleet.yaml says about it cannot be used.
+        """
+        return Registry(self.config.registry) if self.config.registry is not None else None
 
     def commit(self, subject: str, body: str = "", trailers: Mapping[str, str] | None = None) -> str | None:
         """Commit what the tool owns: metadata, targets, records."""

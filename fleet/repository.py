@@ -52,6 +52,7 @@ from edge_agent.contract.digest import Digest
 from edge_agent.contract.errors import BadManifest
 from edge_agent.contract.manifest import FILE_NAME as MANIFEST
 from edge_agent.contract.manifest import Manifest
+from edge_agent.contract.registry import MEMBER_TYPE, PARCEL_TYPE, SIGNED_TYPE, Layer
 from edge_agent.contract.repository import (
     ASSIGNMENTS_PATTERN,
     ASSIGNMENTS_TARGET,
@@ -67,9 +68,11 @@ from edge_agent.contract.repository import (
 )
 from edge_agent.contract.transfers import Parcel, Transfers
 from edge_agent.contract.transfers import encode as encode_transfers
+from edge_agent.contract.transfers import parse as parse_transfers
 from edge_agent.contract.version import Version
 from fleet import parcels
 from fleet.errors import KeyMissing, RepositoryError
+from fleet.registry import ReleaseFile
 
 OFFLINE: Final = ("root", "targets")
 ONLINE: Final = ("snapshot", "timestamp", ROLLOUT_ROLE)
@@ -300,10 +303,17 @@ class Repository:
             "timestamp": self._timestamp().expires,
         }
 
-    def publish(self, bundle: Bundle) -> Published:
+    def publish(
+        self, bundle: Bundle, deliver: Callable[[tuple[ReleaseFile, ...]], object] | None = None
+    ) -> Published:
         """Make a verified bundle a signed release. Needs the offline targets key.
 
         Idempotent: the same bundle again changes nothing.
+
+        Args:
+            bundle: what to publish.
+            deliver: brings the files to another place that devices fetch from, before the release is signed:
+                whoever reads that it exists can fetch it. What it raises ends the call, with nothing signed.
 
         Raises:
             BadBundle: a member is missing or altered.
@@ -328,14 +338,16 @@ class Repository:
                 for role in ("targets", "snapshot", "timestamp"):
                     self.keys.signer(role)  # before the first byte is written
             written = [self._write_blob(bundle, name) for name in sorted(manifest.members)]
-            made = 0
+            transfers = self._transfers(targets, manifest) if known else self._write_parcels(bundle)
+            made = 0 if known else sum(map(len, transfers.members.values()))
             if known is None:
-                transfers = self._write_parcels(bundle)
-                made = sum(map(len, transfers.members.values()))
                 if made:
                     target = transfers_target(manifest.name, manifest.version)
                     targets.targets[target] = self._write_target(target, encode_transfers(transfers))
                 targets.targets[path] = self._write_target(path, data)
+            if deliver is not None:
+                deliver(self._files_of(release, manifest, transfers))
+            if known is None:
                 targets.version += 1
                 targets.expires = self._expires("targets")
                 self._sign("targets", targets)
@@ -343,6 +355,45 @@ class Repository:
         return Published(
             manifest.name, release, known is None, sum(size > 0 for size in written), sum(written), made
         )
+
+    def files(self, model: str, version: Version) -> tuple[ReleaseFile, ...]:
+        """The files of a published release: manifest, members, parcels.
+
+        Raises:
+            RepositoryError: it was not published, or what is there is damaged.
+        """
+        release = self.release(model, version)
+        try:
+            data = self._target_file(manifest_target(model, version), release.digest.hex).read_bytes()
+            manifest = manifests.parse(data)
+            return self._files_of(release, manifest, self._transfers(self._targets(), manifest))
+        except (OSError, BadManifest) as error:
+            raise RepositoryError(f"{model} {version} cannot be read: {error}") from error
+
+    def _files_of(
+        self, release: Release, manifest: Manifest, transfers: Transfers
+    ) -> tuple[ReleaseFile, ...]:
+        signed = self._target_file(manifest_target(manifest.name, manifest.version), release.digest.hex)
+        found = [
+            ReleaseFile(Layer(SIGNED_TYPE, release.digest, signed.stat().st_size, MANIFEST), signed),
+            *(
+                ReleaseFile(Layer(MEMBER_TYPE, one.digest, one.size, name), self._file(blob_path(one.digest)))
+                for name, one in sorted(manifest.members.items())
+            ),
+        ]
+        for name, some in sorted(transfers.members.items()):
+            for parcel in some:
+                title = f"{name}.{parcel.digest.short}.zst"
+                layer = Layer(PARCEL_TYPE, parcel.digest, parcel.size, title, parcel.base)
+                found.append(ReleaseFile(layer, self._file(blob_path(parcel.digest))))
+        return tuple(found)
+
+    def _transfers(self, targets: Targets, manifest: Manifest) -> Transfers:
+        target = transfers_target(manifest.name, manifest.version)
+        if target not in targets.targets:
+            return Transfers()
+        sha256 = targets.targets[target].hashes["sha256"]
+        return parse_transfers(self._target_file(target, sha256).read_bytes())
 
     def assign(self, document: Assignments) -> None:
         """Sign a new assignments document with the online rollout key.

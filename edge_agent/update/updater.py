@@ -911,7 +911,7 @@ class Updater:
         config = self._config
         return Access(
             config.blobs, config.proxy, config.ca_file, config.client_certificate, config.client_key,
-            cache=str(self._store.layout.root / _GIT_COPY),
+            cache=str(self._store.layout.root / _GIT_COPY), credentials=config.credentials_file,
         )  # fmt: skip
 
     def _interrupt(self) -> None:

@@ -11,13 +11,21 @@ import pytest
 from fleet import config
 from fleet.cli import _parser
 from fleet.machine import Phase
+from fleet.registry import RegistryConfig
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "fleet.md").read_text()
 
 
 @pytest.mark.parametrize(
     "section",
-    [config.MetricConfig, config.AnalysisConfig, config.CanaryConfig, config.Policy, config.FleetConfig],
+    [
+        config.MetricConfig,
+        config.AnalysisConfig,
+        config.CanaryConfig,
+        config.Policy,
+        config.FleetConfig,
+        RegistryConfig,
+    ],
 )
 def test_every_field_is_explained(section: type[msgspec.Struct]) -> None:
     for field in msgspec.structs.fields(section):

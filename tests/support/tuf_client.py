@@ -17,8 +17,8 @@ from pathlib import Path
 from edge_agent.contract.repository import METADATA, TARGETS
 from edge_agent.errors import EdgeError
 from edge_agent.store.fs import Disk
-from edge_agent.update.source import HttpSource
 from edge_agent.update.trust import TrustedRepository
+from edge_agent.update.web import HttpSource
 
 EMBEDDED = "embedded_root"  # the root that a device has from its configuration
 TIMEOUT = 10.0  # seconds

@@ -12,7 +12,8 @@ import pytest
 from edge_agent.contract.manifest import Manifest
 from edge_agent.errors import ConfigError
 from edge_agent.update.fetch import fetch_members
-from edge_agent.update.source import FolderSource, HttpSource, SourceFailed, open_source
+from edge_agent.update.source import FolderSource, SourceFailed, open_source
+from edge_agent.update.web import HttpSource
 from tests.store.bundles import plain_bundle
 from tests.update.devices import StaticServer
 
