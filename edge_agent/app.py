@@ -3,6 +3,10 @@
 ``run`` is the story of an agent's life, top to bottom. Answers come first: the store is recovered, what it
 holds is taken up, the doors open; only then are updates followed.
 
+One agent writes a store. A second one answers over HTTP from what the first installs, and nothing else: there
+is one control socket, one MQTT session, one queue of metrics and one updater per store. It gets them when the
+first is gone (``standby.py``).
+
 SIGTERM and SIGINT stop it, SIGHUP reads the configuration again: what is wrong changes nothing, what is
 right is taken up where it can be (``http``, ``mqtt``, ``remote_write``, ``log_level``) and named in the log
 where it waits for the next start.
@@ -31,6 +35,7 @@ from edge_agent import __version__
 from edge_agent.config import CONTROL_SOCKET, Config
 from edge_agent.errors import ConfigError, StoreError, UnknownModel
 from edge_agent.serving.service import Service
+from edge_agent.standby import Standby
 from edge_agent.store.store import Store
 from edge_agent.telemetry import health, logs
 from edge_agent.telemetry.logs import EventLog
@@ -69,19 +74,22 @@ async def run(
     _limit_heap()
     signals = _signals()
     await asyncio.to_thread(check_files, config)
-    store = await asyncio.to_thread(Store.open, Path(config.store))
+    store = await asyncio.to_thread(Store.open_or_read, Path(config.store))
     try:
         metrics = AgentMetrics(CollectorRegistry(), config.device, __version__)
         service = Service(config.serving, config.engine, config.drift, metrics)
         updater = Updater(config.updates, config.device, store, service, metrics, engine=config.engine)
         agent = Agent(config, store, service, updater)
+        http = HttpServer(config.http, service, metrics, admin=agent)
         control = Path(config.store) / CONTROL_SOCKET
-        http = HttpServer(config.http, service, metrics, admin=agent, unix_path=control)
+        standby = Standby(store, service, agent.take_up)
 
-        await updater.recover()
-        for model in store.models():
-            await agent.take_up(model)
+        if store.writable:
+            await updater.recover()
+        await standby.follow()
         await http.start()
+        if store.writable:
+            await http.open_control(control)
         gc.collect()
         gc.freeze()  # what lives now lives for ever: the collector need not look at it again
 
@@ -89,9 +97,35 @@ async def run(
             background = Background(tasks)
             background.start("pulse", agent.watch_loop)
             background.start("drift", service.watch_drift)
-            background.start("updates", updater.run)  # without a source: probation and repair only
             connections = Connections(config, service, metrics, background)
-            connections.start(config)
+
+            def write() -> None:
+                """What the one agent does that writes this store."""
+                metrics.store_writable.set(1)
+                connections.start(agent.config)
+                background.start("updates", updater.run)  # without a source: probation and repair only
+
+            async def succeed() -> None:
+                """Wait for the store, then go on where the agent before ended."""
+                await standby.wait()
+                events.event("store_taken", store=config.store)
+                await updater.recover()
+                await standby.follow()
+                try:
+                    await http.open_control(control)
+                except ConfigError as error:  # an agent without commands still serves and updates
+                    events.error("control_socket_refused", reason=str(error))
+                write()
+                _notify(f"STATUS=answers on {http.url}")
+
+            if store.writable:
+                write()
+            else:
+                connections.prepare(config)  # what is wrong with it is said now, not in the night
+                if store.refusal is None or store.refusal.reason != "locked":
+                    connections.start(config)  # a disk that refuses: there is nobody else to connect
+                events.warning("store_read_only", store=config.store, reason=str(store.refusal))
+                background.start("standby", succeed)
             _notify(f"READY=1\nSTATUS=answers on {http.url}")
             started(http.url)
 
@@ -219,14 +253,18 @@ class Connections:
         self._service = service
         self._metrics = metrics
         self._background = background
+        self._begun = False
         self._in_force: dict[str, Any] = {"mqtt": None, "remote_write": None}
 
     def start(self, config: Config) -> None:
-        """Begin what is configured.
+        """Begin what is configured. Harmless when repeated.
 
         Raises:
             ConfigError: as ``prepare``.
         """
+        if self._begun:
+            return
+        self._begun = True
         for name, (section, connection) in self.prepare(config).items():
             self._begin(name, section, connection)
 
@@ -252,7 +290,9 @@ class Connections:
         return prepared
 
     async def replace(self, prepared: dict[str, tuple[Any, MqttTransport | RemoteWriter | None]]) -> None:
-        """End the old connection of each section, then begin the new one."""
+        """End the old connection of each section, then begin the new one; nothing before ``start``."""
+        if not self._begun:
+            return
         for name, (section, connection) in prepared.items():
             await self._background.end(name)
             self._begin(name, section, connection)

@@ -24,7 +24,7 @@ PACKAGES: Final = ("edge_agent", "quantize", "fleet")
 LAYERS: Final = (
     ("cli",),
     ("app",),
-    ("transport", "update"),
+    ("transport", "update", "standby"),
     ("serving",),
     ("rules", "drift", "store"),
     ("telemetry",),

@@ -24,6 +24,12 @@ AGENT_INFO: Final = Metric(
 )
 START_TIME: Final = Metric("edge_agent_start_timestamp_seconds", "gauge", (), "When this process started")
 HEARTBEAT: Final = Metric("edge_agent_heartbeat_timestamp_seconds", "gauge", (), "Now, by the device's clock")
+STORE_WRITABLE: Final = Metric(
+    "edge_store_writable",
+    "gauge",
+    (),
+    "1: this agent holds the store; 0: it only serves what is in it, another agent or the disk is in the way",
+)
 
 ANSWERS: Final = Metric(
     "edge_answers_total",

@@ -50,6 +50,7 @@ class Store:
         self._disk = disk
         self._lock = lock
         self._settled = False  # whether everything that can be seen here survives a power cut
+        self.refusal: StoreError | None = None  # why `open_or_read` could not take it
 
     @classmethod
     def open(cls, path: Path, disk: Disk | None = None) -> Store:
@@ -72,7 +73,8 @@ class Store:
         """The store for writing, or a view of it while it cannot be written.
 
         So a second agent serves what the first one installed (a pod's rolling update), and an agent serves
-        from a disk that has become read-only. Ask ``writable``; ``take`` tries again and says why not.
+        from a disk that has become read-only. Ask ``writable``, and ``refusal`` for why not; ``take`` tries
+        again.
 
         Raises:
             StoreError: it cannot be written, and there is nothing in it to serve either.
@@ -83,7 +85,7 @@ class Store:
         except StoreError as error:
             if not store.models():
                 raise
-            logger.warning("%s; what is installed is served, and nothing is changed", error)
+            store.refusal = error
         return store
 
     def take(self) -> None:
@@ -504,8 +506,6 @@ def _take_lock(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())  # for people; the lock itself is the flock
     except BlockingIOError as error:
         owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
         os.close(descriptor)
@@ -517,4 +517,8 @@ def _take_lock(path: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         raise StoreError(f"cannot lock {path}: {error.strerror}", reason="store") from error
+    # For people; the lock itself is the flock. A full disk must not keep an agent from its store.
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
     return descriptor

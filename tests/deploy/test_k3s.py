@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from edge_agent import __version__, config
+from edge_agent import __version__, app, config
 from tests.deploy.files import K3S, ROOT, documents, unknown_in
 from tests.support.services import require
 
@@ -135,9 +135,27 @@ def test_the_probes_ask_what_the_agent_answers() -> None:
     }
 
 
-def test_two_pods_never_share_the_store() -> None:
-    assert _the("Deployment")["spec"]["replicas"] == 1
-    assert _the("Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+def test_a_new_pod_answers_before_the_old_one_ends() -> None:
+    """Two agents share the store for that long; what else two pods on one node may not share, they do not."""
+    deployment, claim = _the("Deployment")["spec"], _the("PersistentVolumeClaim")["spec"]
+    pod = deployment["template"]["spec"]
+    (container,) = pod["containers"]
+    assert deployment["replicas"] == 1
+    assert deployment["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
+    }
+    assert claim["accessModes"] == ["ReadWriteOnce"], "not ReadWriteOncePod"
+    assert not pod.get("hostNetwork"), "both pods listen on the same port"
+    assert not any("hostPort" in port for port in container["ports"])
+
+
+def test_a_pod_that_ends_has_time_to() -> None:
+    pod = _the("Deployment")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    program, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert program == "sleep"
+    assert float(seconds) + app.DRAIN_SECONDS < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_alerts_ask_for_metrics_that_exist() -> None:
