@@ -51,6 +51,7 @@ events = EventLog(__name__)
 DRAIN_SECONDS: Final = 5.0  # below Kubernetes' and systemd's default patience, see docs/operations.md
 PULSE_SECONDS: Final = 1.0  # how often the event loop shows that it turns
 LONGEST_PAUSE: Final = 60.0  # before a background task that keeps failing is begun again
+MOST_ALARMS: Final = 20  # sources with active alarms that the status names, per model
 LIVE_SECTIONS: Final = ("http", "mqtt", "remote_write", "log_level")  # taken up by SIGHUP
 
 
@@ -356,6 +357,7 @@ class Agent:
                         "rows": (served := self._service.served(status.name)).rows,
                         "fallback_rows": served.fallback_rows,
                     },
+                    "alarms": dict(list(self._service.alarms(status.name).items())[:MOST_ALARMS]),
                 }
                 for status in statuses
             ],

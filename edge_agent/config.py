@@ -113,6 +113,7 @@ class ServingConfig(_Section, frozen=True):
     max_request_rows: Count = 1024
     breaker_failures: Count = 5  # consecutive failures that open the breaker
     breaker_seconds: Positive = 5.0
+    max_sources: Count = 1000  # whose alarms over time are remembered, per model
     default_decision: Literal["pass", "fail"] = "fail"  # when neither model nor rules exist
 
 

@@ -40,6 +40,7 @@ from edge_agent.serving import tensors
 from edge_agent.serving.batcher import Batcher, Pending, Timings
 from edge_agent.serving.decision import Scores, fails, on_the_models_scale
 from edge_agent.serving.engine import Engine
+from edge_agent.serving.history import History, Noted
 from edge_agent.serving.shadow import Shadow, ShadowReport
 from edge_agent.serving.tensors import Feeds, Tensor
 from edge_agent.telemetry.metrics import AgentMetrics, ReleaseMetrics
@@ -189,6 +190,7 @@ class _Slot:
     scores: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * _OCTAVES + 1, np.int64))
     before: Served | None = None  # what the release before came to
     shadow: Shadow | None = None
+    history: History | None = None  # where the rules need one
     asked: float = 0.0  # when it was asked last, and ...
     loaded: float = 0.0  # ... when its model came into memory: time.monotonic()
     made_room: bool = False  # unloaded for others: the next request brings it back
@@ -219,6 +221,7 @@ class Service:
         inputs: Mapping[str, Tensor],
         *,
         deadline: float | None = None,
+        source: str = "",
     ) -> asyncio.Future[Answer]:
         """``ask`` with a promise of the answer, for those who can wait in a coroutine.
 
@@ -235,7 +238,7 @@ class Service:
             else:
                 future.set_result(answer)
 
-        self.ask(model, version, inputs, settle, deadline=deadline)
+        self.ask(model, version, inputs, settle, deadline=deadline, source=source)
         return future
 
     def ask(
@@ -246,6 +249,7 @@ class Service:
         then: Then,
         *,
         deadline: float | None = None,
+        source: str = "",
     ) -> None:
         """Accept a request and call ``then`` with its answer: at once if the rules give it, else later.
 
@@ -255,6 +259,7 @@ class Service:
             inputs: tensors by name, as decoded. They are not altered; the caller must not alter them either.
             then: must not raise.
             deadline: seconds from now; None takes the configured default.
+            source: what the rows come from in the order of time, a machine: each has alarms of its own.
 
         Raises:
             InvalidInput: the tensors do not fit the model.
@@ -267,8 +272,11 @@ class Service:
         now = slot.asked = time.monotonic()
         limit = self._serving.deadline_ms / 1000 if deadline is None else deadline
         reason = choose(Facts(slot.state, slot.killed, now < slot.open_until, limit))
+        noted = None
         if reason != "ok":
-            then(self._by_rules(slot, release, feeds, rows, reason, now))
+            if slot.history is not None:
+                noted = slot.history.note(source, _rows(release.manifest, feeds, rows), now)
+            then(self._by_rules(slot, release, feeds, rows, reason, now, noted))
             if slot.made_room:
                 self._bring_back(slot)
             return
@@ -280,7 +288,11 @@ class Service:
                 f"{self._serving.max_pending_rows}; "
                 "send less or try again"
             )
-        release.batcher.add(_Request(feeds, rows, now, now + limit, then=then, slot=slot, release=release))
+        if slot.history is not None:
+            noted = slot.history.note(source, _rows(release.manifest, feeds, rows), now)
+        release.batcher.add(
+            _Request(feeds, rows, now, now + limit, then=then, slot=slot, release=release, noted=noted)
+        )
 
     def manifest(self, model: str | None, version: str | None = None) -> Manifest:
         """The manifest of the release that answers.
@@ -295,6 +307,11 @@ class Service:
     def explain(self, model: str | None, row: Tensor) -> list[str]:
         """The rules' short reasons for one row: what a technician should look at."""
         return self._find(model, None)[1].rules.explain(row)
+
+    def alarms(self, name: str) -> dict[str, tuple[str, ...]]:
+        """The rules' alarms over time that are active, by source; sources without are left out."""
+        history = self._slot(name).history
+        return history.alarms() if history is not None else {}
 
     def statuses(self) -> list[ModelStatus]:
         """Every model known here."""
@@ -390,6 +407,7 @@ class Service:
         slot.latencies_before = tuple(prepared.metrics.latencies)
         slot.scores = np.zeros_like(slot.scores)
         slot.unwatched, slot.unwatched_rows, slot.drift = [], 0, None
+        self._remember(slot, prepared.rules)
         self._say(slot, "ready", "")
         self._metrics.model_info(name, prepared.manifest.version, prepared.bundle.digest)
         self._metrics.model_loaded(name, prepared.load_seconds)
@@ -577,6 +595,15 @@ class Service:
             )
         return slot, release
 
+    def _remember(self, slot: _Slot, rules: RuleSet) -> None:
+        """These rules answer from now on: with what the ones before remembered, as far as it fits."""
+        if slot.history is not None:
+            slot.history.adopt(rules)
+        if not rules.stateful:
+            slot.history = None
+        elif slot.history is None:
+            slot.history = History(rules, self._serving.max_sources)
+
     def _say(self, slot: _Slot, state: State, reason: str) -> None:
         slot.state, slot.reason = state, reason
         self._metrics.model_state(slot.name, state)
@@ -597,6 +624,7 @@ class Service:
         metrics = self._metrics.for_release(name, manifest.version)
         slot = self._slot(name)
         slot.release = _Release(bundle, manifest, rules, metrics)
+        self._remember(slot, rules)
         self._metrics.model_info(name, manifest.version, bundle.digest)
         self.degrade(name, state, reason)
 
@@ -636,7 +664,7 @@ class Service:
         request.told = True
         try:
             answer: Answer | Exception = self._by_rules(
-                slot, release, request.feeds, request.rows, reason, request.started
+                slot, release, request.feeds, request.rows, reason, request.started, request.noted
             )
         except Exception as error:
             log.exception("model %s: its rules failed", slot.name)
@@ -693,7 +721,14 @@ class Service:
                 self._offer_to_drift(slot, request, np.array(answer.scores))
 
     def _by_rules(
-        self, slot: _Slot, release: _Release, feeds: Feeds, rows: int, reason: str, started: float
+        self,
+        slot: _Slot,
+        release: _Release,
+        feeds: Feeds,
+        rows: int,
+        reason: str,
+        started: float,
+        noted: Noted | None,
     ) -> Answer:
         manifest = release.manifest
         decision = manifest.decision
@@ -701,10 +736,13 @@ class Service:
         values: list[float] | None = None
         failed_rows = 0
         if decision is not None:
-            verdicts = release.rules.evaluate(_rows(manifest, feeds, rows))
-            scores = on_the_models_scale(verdicts.score, decision)
+            if noted is None:
+                judged = release.rules.evaluate(_rows(manifest, feeds, rows)).score
+            else:
+                judged = noted.history.judge(noted)
+            scores = on_the_models_scale(judged, decision)
             values = scores.tolist()
-            failed_rows = int(np.count_nonzero(verdicts.failed))
+            failed_rows = int(np.count_nonzero(judged > 1.0))
             spec = next(output for output in manifest.outputs if output.name == decision.output)
             shape = (rows, *(1 for _ in spec.shape[1:]))
             outputs[spec.name] = scores.astype(tensors.numpy_dtype(spec.datatype)).reshape(shape)
@@ -758,6 +796,7 @@ class _Request(Pending, eq=False, kw_only=True):
     then: Then
     slot: _Slot
     release: _Release
+    noted: Noted | None  # by the rules' history, where they have one
     told: bool = False
 
 

@@ -60,6 +60,7 @@ class InferRequest(msgspec.Struct, frozen=True, gc=False):
         deadline: seconds from now, or None.
         outputs: the names asked for, or None for all.
         binary: output names to send as raw bytes; None means all of them.
+        source: what the rows come from, for alarms over time.
     """
 
     id: str | None
@@ -67,6 +68,7 @@ class InferRequest(msgspec.Struct, frozen=True, gc=False):
     deadline: float | None
     outputs: tuple[str, ...] | None
     binary: frozenset[str] | None
+    source: str = ""
 
 
 class PredictRequest(msgspec.Struct, frozen=True, gc=False):
@@ -78,6 +80,7 @@ class PredictRequest(msgspec.Struct, frozen=True, gc=False):
     inputs: dict[str, Tensor]
     deadline: float | None
     many: bool
+    source: str = ""
 
 
 class Body(msgspec.Struct, frozen=True, gc=False):
@@ -122,6 +125,7 @@ class _PredictRow(msgspec.Struct):
     model: str | None = None
     version: str | None = None
     timeout_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    source: _Id = ""
 
 
 class _Predict(msgspec.Struct):
@@ -130,6 +134,7 @@ class _Predict(msgspec.Struct):
     model: str | None = None
     version: str | None = None
     timeout_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    source: _Id = ""
 
 
 # A stranger's 1e300 is refused, which is no news; entering ``numpy.errstate`` costs more than the rest of it.
@@ -203,7 +208,8 @@ def decode_infer(body: bytes, json_size: int | None, manifest: Callable[[], Mani
     if offset != len(body):
         raise InvalidInput(f"body: {len(body) - offset} bytes after the last tensor, expected none")
     outputs, binary = _requested(request, manifest)
-    return InferRequest(request.id, inputs, _timeout(request.parameters), outputs, binary)
+    source = _source(request.parameters) if request.parameters else ""
+    return InferRequest(request.id, inputs, _timeout(request.parameters), outputs, binary, source)
 
 
 def decode_predict(body: bytes, manifest: Callable[[str | None, str | None], Manifest]) -> PredictRequest:
@@ -229,7 +235,9 @@ def decode_predict(body: bytes, manifest: Callable[[str | None, str | None], Man
     spec = feature_input(manifest(row.model, row.version))
     array = _to_array(row.features, numpy_dtype(spec.datatype), "features")
     inputs = {spec.name: array.reshape(1, -1)}
-    return PredictRequest(row.id, row.model, row.version, inputs, _seconds(row.timeout_ms), many=False)
+    return PredictRequest(
+        row.id, row.model, row.version, inputs, _seconds(row.timeout_ms), many=False, source=row.source
+    )
 
 
 def feature_input(manifest: Manifest) -> TensorSpec:
@@ -264,7 +272,7 @@ def _decode_any_predict(
         rows = array.reshape(-1, array.shape[-1])
         return PredictRequest(
             request.id, request.model, request.version, {spec.name: rows}, _seconds(request.timeout_ms),
-            array.ndim == 2,
+            array.ndim == 2, request.source,
         )  # fmt: skip
     many = True
     opening = features[:256].translate(None, b" \t\r\n")[:2]
@@ -284,8 +292,9 @@ def _decode_any_predict(
     if array.ndim != 2:
         raise InvalidInput(f"{where}: expected rows of {spec.shape[1]} numbers, got {array.shape[0]} rows")
     return PredictRequest(
-        request.id, request.model, request.version, {spec.name: array}, _seconds(request.timeout_ms), many
-    )
+        request.id, request.model, request.version, {spec.name: array}, _seconds(request.timeout_ms), many,
+        request.source,
+    )  # fmt: skip
 
 
 def _by_name(row: dict[str, float | None], spec: TensorSpec, where: str) -> _Row:
@@ -408,6 +417,16 @@ def _timeout(parameters: _Parameters) -> float | None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         raise InvalidInput(f"parameters.timeout: expected microseconds above 0, got {str(value)[:80]!r}")
     return value * 1e-6
+
+
+def _source(parameters: _Parameters) -> str:
+    """What the rows come from, where the request says so."""
+    value = parameters.get("source", "")
+    if not isinstance(value, str) or len(value) > MAX_ID:
+        raise InvalidInput(
+            f"parameters.source: expected a text of at most {MAX_ID} characters, got {str(value)[:80]!r}"
+        )
+    return value
 
 
 def _seconds(milliseconds: float | None) -> float | None:

@@ -135,6 +135,9 @@ _SCHEMAS: Final[dict[str, _Schema]] = {
                 model=_or_null(_text("needed where several models are served")),
                 version=_or_null(_text("refuse to answer with another version")),
                 timeout_ms=_or_null(_number("deadline from now", exclusiveMinimum=0)),
+                source=_text(
+                    "the machine that the row is from, for alarms over time", maxLength=codec.MAX_ID
+                ),
             ),
             _list(_list(_VALUE)),
             _list({"type": "object", "additionalProperties": _VALUE}),
@@ -173,7 +176,8 @@ _SCHEMAS: Final[dict[str, _Schema]] = {
         id=_or_null(_ID),
         parameters={
             **_PARAMETER_MAP,
-            "description": "timeout (microseconds), binary_data_output; others are ignored",
+            "description": "timeout (microseconds), binary_data_output, source (the machine that the rows "
+            "are from, for alarms over time); others are ignored",
         },
         inputs=_list(
             _object(
@@ -276,6 +280,11 @@ _SCHEMAS: Final[dict[str, _Schema]] = {
                 digest=_or_null(_text()),
                 state=_text(enum=list(MODEL_STATES)),
                 reason=_text(),
+                alarms={
+                    "type": "object",
+                    "description": "active alarms over time, by source",
+                    "additionalProperties": _list(_text()),
+                },
             )
         ),
         updates={"type": "object", "description": "where every update stands; edge-agent status --json"},

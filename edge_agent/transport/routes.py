@@ -276,13 +276,22 @@ class Routes:
         )
         exchange.parts = []  # the tensors hold what is still needed of it
         then = functools.partial(self._answered, exchange, codec.encode_infer, request)
-        self._service.ask(route.model, route.version, request.inputs, then, deadline=request.deadline)
+        self._service.ask(
+            route.model, route.version, request.inputs, then, deadline=request.deadline, source=request.source
+        )
 
     def _predict(self, exchange: Exchange, _: Route) -> None:
         request = codec.decode_predict(exchange.body(), self._service.manifest)
         exchange.parts = []
         then = functools.partial(self._answered, exchange, codec.encode_predict, request)
-        self._service.ask(request.model, request.version, request.inputs, then, deadline=request.deadline)
+        self._service.ask(
+            request.model,
+            request.version,
+            request.inputs,
+            then,
+            deadline=request.deadline,
+            source=request.source,
+        )
 
     def _answered(
         self,

@@ -45,12 +45,13 @@ def tiny_bundle(
     bad: bool = False,
     *,
     non_finite_above: float | None = None,
+    rules: str | None = None,
 ) -> Bundle:
     """Write a bundle into ``folder`` (made if absent, expected empty).
 
     With ``bad`` the golden vectors do not agree with the model: the self-test of an update refuses it. With
     ``non_finite_above`` the model passes its golden vectors, but answers NaN for scores above that value: it
-    fails in service.
+    fails in service. ``rules`` is another rules.yaml than the fitting one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = feature_names(features)
@@ -76,7 +77,7 @@ def tiny_bundle(
     )
     files = {
         MODEL: _model(features, version, non_finite_above),
-        RULES: _rules(names, threshold).to_yaml().encode(),
+        RULES: (_rules(names, threshold).to_yaml() if rules is None else rules).encode(),
         goldens.FILE_NAME: goldens.encode(golden),
         baselines.FILE_NAME: baselines.encode(baseline_of(rows, names, scores)),
     }
