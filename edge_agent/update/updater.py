@@ -573,6 +573,11 @@ class Updater:
         outcome = await self._end_of(attempt)
         if outcome.result is None:  # on probation: to the operator it is done
             message = f"{model} {release.version} is live, on probation"
+            if self._serving is None:
+                message = (
+                    f"{model} {release.version} is installed; no agent runs: it answers from the next start "
+                    "on, on probation at first"
+                )
             return self._ledger.outcome(model, Result.SUCCEEDED, "installed", message, release)
         return outcome
 

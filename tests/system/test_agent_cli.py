@@ -71,7 +71,7 @@ def test_a_bundle_is_installed_into_a_running_agent_and_taken_back(agent, tmp_pa
     second = tiny_bundle(tmp_path / "second", version="2.0.0")
     pack(second, tmp_path / "second.tar")
     done = run_cli("edge-agent", "install", tmp_path / "second.tar", "--config", agent.config)
-    assert done.returncode == 0, done
+    assert (done.returncode, done.stdout) == (0, "succeeded: demo 2.0.0 is live, on probation\n"), done
     assert agent.predict([0.1, 0.2, 0.3, 0.4])["version"] == "2.0.0"
 
     status = json.loads(run_cli("edge-agent", "status", "--config", agent.config, "--json").stdout)
@@ -84,7 +84,9 @@ def test_a_bundle_is_installed_into_a_running_agent_and_taken_back(agent, tmp_pa
 
 
 def test_a_bundle_is_installed_and_taken_back_where_no_agent_runs(agent, tmp_path, bundle):
-    assert run_cli("edge-agent", "install", bundle.path, "--config", agent.config).returncode == 0
+    done = run_cli("edge-agent", "install", bundle.path, "--config", agent.config)
+    assert done.returncode == 0, done
+    assert "demo 1.0.0 is installed; no agent runs: it answers from the next start on" in done.stdout
     second = tiny_bundle(tmp_path / "second", version="2.0.0")
     assert run_cli("edge-agent", "install", second.path, "--config", agent.config).returncode == 0
     status = json.loads(run_cli("edge-agent", "status", "--config", agent.config, "--json").stdout)
