@@ -87,7 +87,9 @@ def main(only_models: Sequence[str] = tuple(MODELS)) -> None:
     cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory(prefix="edge-bench-") as name:
         folder = Path(name)
-        bundles = {label: _bundle(folder / label.replace(" ", ""), MODELS[label]) for label in only_models}
+        bundles = {
+            label: make_bundle(folder / label.replace(" ", ""), MODELS[label]) for label in only_models
+        }
         os.sched_setaffinity(0, {max(cores)})
         row = models.rows(1, seed=3)[0]
         for label, bundle in bundles.items():
@@ -430,7 +432,7 @@ def _family(pid: int) -> list[int]:
     return found
 
 
-def _bundle(folder: Path, widths: list[int]) -> Path:
+def make_bundle(folder: Path, widths: list[int]) -> Path:
     folder.mkdir()
     model = models.autoencoder(folder / "fp32.onnx", widths)
     np.savez(folder / "calibration.npz", X=models.rows(500))

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _measure(folder: Path, widths: list[int]) -> None:
-    bundle = _bundle(folder, widths)
+    bundle = make_bundle(folder, widths)
     rows = models.rows(200, seed=3)
     bare = _bare(bundle / "model.onnx", rows)
     lines = [["bare session.run, in process", *_percentiles(bare)]]
@@ -70,7 +70,7 @@ def _measure(folder: Path, widths: list[int]) -> None:
         os.sched_setaffinity(0, {(os.cpu_count() or 1) - 1})
         client = HttpClient("127.0.0.1", port)
         bodies = [predict_body(row) for row in rows]
-        infer = [_infer_body(row) for row in rows]
+        infer = [infer_body(row) for row in rows]
         path = f"/v2/models/{NAME}/infer"
         lines += [
             [
@@ -97,7 +97,8 @@ def _measure(folder: Path, widths: list[int]) -> None:
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
-def _bundle(folder: Path, widths: list[int]) -> Path:
+def make_bundle(folder: Path, widths: list[int]) -> Path:
+    """A bundle of a dense autoencoder of 512 inputs, made in ``folder``."""
     model = models.autoencoder(folder / "fp32.onnx", widths)
     np.savez(folder / "calibration.npz", X=models.rows(500))
     subprocess.run(
@@ -130,7 +131,8 @@ def _ask(client: HttpClient, request: Callable[[int], tuple[str, str, bytes]]) -
     return [reply.seconds for reply in replies[200:]]
 
 
-def _infer_body(row: np.ndarray) -> bytes:
+def infer_body(row: np.ndarray) -> bytes:
+    """A row as an Open Inference Protocol request in JSON."""
     tensor = {
         "name": "x",
         "shape": [1, len(row)],

@@ -99,7 +99,7 @@ class HttpServer:
         self.port = config.port
         self.url = ""
         self.body_bytes = 0  # of unfinished requests, all connections together
-        self.connections: set[_Connection] = set()
+        self.connections: set[HttpConnection] = set()
         self.heads: dict[bytes, _Head] = {}
         self.routes = Routes(service, metrics, admin)
         self.doors = Doors.shut()
@@ -149,7 +149,7 @@ class HttpServer:
         try:
             unix = _bind_unix(path)
             self._control = await asyncio.get_running_loop().create_unix_server(
-                lambda: _Connection(self, admin=True), sock=unix
+                lambda: HttpConnection(self, admin=True), sock=unix
             )
         except OSError as error:
             raise ConfigError(
@@ -241,7 +241,7 @@ class HttpServer:
         before, bound_before = self._listeners, self._sockets
         self._listeners = [
             await loop.create_server(
-                lambda: _Connection(self, admin=False), sock=each.dup(), backlog=_BACKLOG, **patience
+                lambda: HttpConnection(self, admin=False), sock=each.dup(), backlog=_BACKLOG, **patience
             )
             for each in sockets
         ]
@@ -277,7 +277,7 @@ class HttpServer:
                     refused = None
                     events.event("renewed", tokens=list(doors.tokens.names) if doors.tokens else None)
 
-    def left(self, connection: _Connection) -> None:
+    def left(self, connection: HttpConnection) -> None:
         """A connection is gone."""
         self.connections.discard(connection)
         if not self.connections:
@@ -294,7 +294,7 @@ class HttpServer:
         self._sweeper = loop.call_later(step, self._sweep)
 
 
-class _Connection(asyncio.Protocol):
+class HttpConnection(asyncio.Protocol):
     """One client. The parser calls the ``on_`` methods; responses leave in the order of ``_queue``."""
 
     def __init__(self, server: HttpServer, *, admin: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent.config import HttpConfig
 from edge_agent.transport.http import MAX_KNOWN_HEADS, HttpServer
 from tests.transport.agent import TIMEOUT, Agent
 
@@ -126,7 +127,7 @@ def test_a_limit_that_was_lowered_holds_for_known_heads(agent: Agent) -> None:
     server = agent.listen()
     with Wire(server) as wire:
         assert wire.ask(_request(1))[0] == 200
-    agent.call(server.reconfigure(type(server.config)(port=server.port, max_body_bytes=10)))
+    agent.call(server.reconfigure(HttpConfig(port=0, max_body_bytes=10)))
     with Wire(server) as wire:
         assert wire.ask(_request(1))[0] == 413
 
