@@ -33,55 +33,57 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import random
-import socket
+import re
 import ssl
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-
-import aiomqtt
-from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY, MQTTMessage
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
 
 from edge_agent.config import MqttConfig
 from edge_agent.errors import ConfigError, EdgeError, InvalidInput, Overloaded, Unavailable
 from edge_agent.serving.service import Answer, Service
 from edge_agent.telemetry.metrics import AgentMetrics
-from edge_agent.transport import codec
+from edge_agent.transport import broker, codec
+from edge_agent.transport import mqtt_wire as wire
+from edge_agent.transport.broker import BrokerError, Connection, TooLarge
+from edge_agent.transport.mqtt_wire import Message, Will
 from edge_agent.transport.outbox import Decision, Outbox
 from edge_agent.transport.status import OUTCOMES, outcome, status_of
 from edge_agent.transport.stream import Input, Stream, names_of
 
 log = logging.getLogger(__name__)
 
-ONLINE: Final = "online"
-OFFLINE: Final = "offline"
-HEADER_LENGTH: Final = "inference-header-content-length"  # user property, as the HTTP header
+ONLINE: Final = b"online"
+OFFLINE: Final = b"offline"
+HEADER_LENGTH: Final = b"inference-header-content-length"  # user property, as the HTTP header
 FIRST_BACKOFF_SECONDS: Final = 0.5
+STEADY_SECONDS: Final = 10.0  # a connection that lived so long was one: the backoff begins anew
 MODELS_INTERVAL_SECONDS: Final = 1.0  # how soon a change of the model list is published
-REFUSALS_FACTOR: Final = 16  # refusals on their way, in units of max_pending; each is a few hundred bytes
 GOODBYE_SECONDS: Final = 2.0  # to say offline at a clean end
 REMEMBER_SECONDS: Final = 60.0  # how long a request without expiry is known; a broker redelivers sooner
 REMEMBER_REQUESTS: Final = 4096
 CALM_SECONDS: Final = 10.0  # without a fallback before its end is announced
-_QOS: Final = 1
 _MAX_TOPIC: Final = 1024  # bytes; the protocol allows 65,535, no topic of ours is near
-
+_NOT_IN_A_TOPIC: Final = re.compile(r"[+#\0]")
+_READ_BY_AGENTS: Final = ("/infer", "/predict", "/status", "/models")
+_KEPT_PROPERTIES: Final = 256  # encoded properties of answers; there are as many as kinds of answers
 
 _Key = tuple[str, str, bytes, int]
+_Encode = Callable[[Answer], codec.Body]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Reply:
     """Where and how a request wants its answer; ``key`` tells it from every other."""
 
+    connection: Connection
     topic: str
     correlation: bytes | None
     key: _Key | None = None
@@ -99,7 +101,7 @@ class _Seen:
     calm_since: float  # time.monotonic()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Response:
     """What goes back."""
 
@@ -136,16 +138,16 @@ class MqttTransport:
         self._count = {status: metrics.request("mqtt", status) for status in OUTCOMES}
         self._rng = rng or random.Random()
         self._v5 = config.protocol == "5"
-        self._connection: aiomqtt.Client | None = None
+        self._reply_prefixes = config.reply_prefixes or (f"{config.prefix}/",)
+        self._connection: Connection | None = None
         self._spool = spool
         self._stream: Stream | None = None
         self._requests: OrderedDict[_Key, float] = OrderedDict()  # until when they are known
-        self._window = config.max_pending
         self._said: dict[str, _Seen] = {}
+        self._under_way = 0  # requests taken up whose answer the broker does not have yet
+        self._idle: asyncio.Event | None = None  # somebody waits until there are none
         self._password()
         self._tls()
-        self._answering: set[asyncio.Task[None]] = set()
-        self._refusing: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Serve until cancelled, through every loss of the broker; without a spool, requests only."""
@@ -171,22 +173,22 @@ class MqttTransport:
         backoff = FIRST_BACKOFF_SECONDS
         complained = False
         while True:
+            began = time.monotonic()
             try:
                 await self._session()
             except ConfigError as error:  # files may be renewed under us
                 log.warning("mqtt: %s", error)
-            except aiomqtt.MqttError as error:
-                if self.connected.is_set() or not complained:
+            except OSError as error:
+                if time.monotonic() - began > STEADY_SECONDS and self.connected.is_set():
+                    backoff, complained = FIRST_BACKOFF_SECONDS, False
+                if not complained:
                     complained = True
                     log.warning("mqtt: %s:%d: %s", self._config.host, self._config.port, _why(error))
-                if self.connected.is_set():
-                    backoff = FIRST_BACKOFF_SECONDS
             except Exception:  # whatever it is, it must not take the HTTP side along
                 log.exception("mqtt: the connection failed unexpectedly")
             finally:
                 self.connected.clear()
                 self._connection = None
-                await self._abandon()
             await asyncio.sleep(self._rng.uniform(0, backoff))
             backoff = min(backoff * 2, self._config.reconnect_max_seconds)
 
@@ -194,97 +196,67 @@ class MqttTransport:
         """One connection, from connect to its loss."""
         password = await asyncio.to_thread(self._password)
         tls = await asyncio.to_thread(self._tls)
-        client = self._connection = self._client(password, tls)  # a kept session delivers from the first turn
-        async with client:
-            client.pending_calls_threshold = 1 << 20  # ours to bound, not to warn about
-            await client.subscribe(
-                [
-                    (f"{self._root}/v2/models/+/infer", _QOS),
-                    (f"{self._root}/v2/models/+/versions/+/infer", _QOS),
-                    (f"{self._root}/predict", _QOS),
-                    *(
-                        (
-                            (f"{self._root}/v2/models/+/input", _QOS),
-                            (f"{self._root}/v2/models/+/versions/+/input", _QOS),
-                        )
-                        if self._stream is not None
-                        else ()
-                    ),
-                ]
-            )
-            await client.publish(f"{self._root}/status", ONLINE, qos=_QOS, retain=True)
+        connection = await broker.connect(self._login(password, tls), self._receive, self._opened)
+        try:
+            await connection.subscribe(self._subscriptions())
+            await connection.published(f"{self._root}/status", ONLINE, retain=True)
             self.connected.set()
             log.info("mqtt: connected to %s:%d", self._config.host, self._config.port)
-            tasks = [asyncio.create_task(self._announce(client), name="mqtt models")]
+            tasks = [asyncio.create_task(self._announce(connection), name="mqtt models")]
             if self._stream is not None:
-                tasks.append(asyncio.create_task(self._deliver(client, self._stream), name="mqtt stream"))
+                tasks.append(asyncio.create_task(self._deliver(connection, self._stream), name="mqtt stream"))
             try:
-                async for _ in client.messages:  # ends when the connection does; the inbox is never filled
-                    pass
+                await connection.lost()
             except asyncio.CancelledError:
-                with contextlib.suppress(aiomqtt.MqttError, TimeoutError):
+                with contextlib.suppress(OSError):  # a time-out is one
                     async with asyncio.timeout(GOODBYE_SECONDS):
-                        if self._stream is not None:
-                            self._stream.leave()
-                            await asyncio.wait(tasks[1:])
-                        if self._answering:  # what was accepted is still answered
-                            await asyncio.wait(self._answering)
-                        await client.publish(f"{self._root}/status", OFFLINE, qos=_QOS, retain=True)
+                        await self._say_goodbye(connection, tasks[1:])
                 raise
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            await connection.close()
 
-    def _client(self, password: str | None, tls: ssl.SSLContext | None) -> aiomqtt.Client:
+    async def _say_goodbye(self, connection: Connection, deliveries: list[asyncio.Task[None]]) -> None:
+        if self._stream is not None:
+            self._stream.leave()
+            await asyncio.wait(deliveries)
+        if self._under_way:  # what was accepted is still answered
+            self._idle = asyncio.Event()
+            await self._idle.wait()
+        await connection.published(f"{self._root}/status", OFFLINE, retain=True)
+        await connection.disconnect()
+
+    def _subscriptions(self) -> list[str]:
+        kinds = ("infer",) if self._stream is None else ("infer", "input")
+        models = [f"v2/models/{some}/{kind}" for kind in kinds for some in ("+", "+/versions/+")]
+        return [f"{self._root}/{topic}" for topic in ("predict", *models)]
+
+    def _login(self, password: str | None, tls: ssl.SSLContext | None) -> broker.Login:
         config = self._config
-        kept = self._spool is not None
-        limits = None
-        if self._v5:
-            limits = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-            limits.MaximumPacketSize = config.max_payload_bytes + (64 << 10)  # and its properties
-            limits.ReceiveMaximum = min(
-                config.max_pending, 65535
-            )  # the broker keeps back what we cannot take
-            if kept:
-                limits.SessionExpiryInterval = config.session_expiry_seconds
-        client = aiomqtt.Client(
-            config.host,
-            config.port,
+        return broker.Login(
+            host=config.host,
+            port=config.port,
+            v5=self._v5,
+            identifier=f"{config.prefix}-{self._device}",
+            will=Will(f"{self._root}/status", OFFLINE),
             username=config.username,
             password=password,
-            identifier=f"{config.prefix}-{self._device}",
-            protocol=aiomqtt.ProtocolVersion.V5 if self._v5 else aiomqtt.ProtocolVersion.V311,
-            will=aiomqtt.Will(f"{self._root}/status", OFFLINE, qos=_QOS, retain=True),
-            clean_session=None if self._v5 else not kept,
-            clean_start=not kept if self._v5 else MQTT_CLEAN_START_FIRST_ONLY,
-            keepalive=config.keepalive_seconds,
-            tls_context=tls,
-            max_inflight_messages=self._window,
-            properties=limits,
-            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
-            logger=log,
+            tls=tls,
+            keepalive=min(config.keepalive_seconds, 65535),
+            clean=self._spool is None,
+            session_expiry=min(config.session_expiry_seconds, (1 << 32) - 1),
+            receive_maximum=config.max_pending,  # the broker keeps back what we cannot take
+            max_payload=config.max_payload_bytes,
         )
-        # aiomqtt hands over one message per task and several turns of the loop, without the duplicate flag or
-        # the acknowledgement: a burst would be lost though the broker was told that it arrived. What it is
-        # built on gives a message in the very turn that read it.
-        paho: Any = client._client
-        paho.manual_ack_set(True)
-        paho.on_message = lambda _client, _data, message: self._receive(client, paho, message)
-        connected = paho.on_connect
 
-        def on_connect(who: Any, data: Any, flags: Any, code: Any, properties: Any) -> None:
-            if self._stream is not None and not flags.session_present:
-                self._stream.forget_inputs()
-            most = _property(properties, "ReceiveMaximum")
-            if (
-                most
-            ):  # what the broker takes at once; paho does not look, and learns it at the next connection
-                self._window = min(most, config.max_pending)
-            connected(who, data, flags, code, properties)
-
-        paho.on_connect = on_connect
-        return client
+    def _opened(self, connection: Connection, session_kept: bool) -> None:
+        """The broker accepted: what it kept for us comes in this very turn."""
+        self._connection = connection
+        if self._stream is not None and not session_kept:
+            self._stream.forget_inputs()
 
     def _tls(self) -> ssl.SSLContext | None:
         """Read anew at every connection, so that renewed certificates are taken up.
@@ -313,15 +285,15 @@ class MqttTransport:
         except OSError as error:
             raise ConfigError(f"mqtt.password_file {path}: {error.strerror}; correct the path") from error
 
-    async def _announce(self, client: aiomqtt.Client) -> None:
+    async def _announce(self, connection: Connection) -> None:
         """Keep the retained model list true, and say what changed, also while the broker was away."""
         said = b""
         while True:
             for event in self._events():
-                await client.publish(f"{self._root}/events", codec.encode_json(event), qos=_QOS)
+                await connection.published(f"{self._root}/events", codec.encode_json(event))
             now = codec.encode_json(codec.repository_index(self._service.statuses()))
             if now != said:
-                await client.publish(f"{self._root}/models", now, qos=_QOS, retain=True)
+                await connection.published(f"{self._root}/models", now, retain=True)
                 said = now
             await asyncio.sleep(MODELS_INTERVAL_SECONDS)
 
@@ -349,19 +321,22 @@ class MqttTransport:
                 events.append({"event": "fallback", **about, "active": falling})
         return events
 
-    async def _deliver(self, client: aiomqtt.Client, stream: Stream) -> None:
+    async def _deliver(self, connection: Connection, stream: Stream) -> None:
         """Publish the decisions that wait; ends with the connection, or when the disk refuses."""
 
         async def publish(decision: Decision, sequence: int) -> None:
-            properties = _decision_properties(decision, sequence) if self._v5 else None
-            await client.publish(
-                decision.topic, decision.body, qos=_QOS, properties=properties, timeout=float("inf")
-            )
+            try:
+                properties = _decision_properties(decision, sequence)
+                await connection.published(decision.topic, decision.body, properties=properties)
+            except TooLarge as error:  # its place in the order is kept
+                refused = _refused_decision(decision, error)
+                properties = _decision_properties(refused, sequence)
+                await connection.published(refused.topic, refused.body, properties=properties)
 
         while True:
             try:
                 await stream.deliver(publish)
-            except aiomqtt.MqttError:
+            except BrokerError:
                 return  # the connection is gone: the next one goes on from here
             except OSError as error:
                 log.error("mqtt: decisions that wait cannot be read: %s", error)
@@ -369,80 +344,72 @@ class MqttTransport:
             else:
                 return
 
-    async def _abandon(self) -> None:
-        """Answers that can reach nobody any more."""
-        tasks = self._answering | self._refusing
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
     # -- one request ---------------------------------------------------------------------------------------
 
-    def _receive(self, client: aiomqtt.Client, paho: Any, message: MQTTMessage) -> None:
-        """Take up, accept or refuse a message at once; an answer is published by a task of its own."""
-        try:
-            topic = message.topic.removeprefix(f"{self._root}/")
-        except UnicodeDecodeError:  # the broker should not have let it through
-            paho.ack(message.mid, message.qos)
+    def _receive(self, connection: Connection, message: Message) -> None:
+        """Take up, accept or refuse a message at once; whoever answers it calls ``_answered``."""
+        topic = message.topic.removeprefix(f"{self._root}/")
+        if not _is_ours(topic):  # the broker should not have sent it
+            connection.acknowledge(message.packet_id)
             return
         if self._stream is not None and topic.endswith("/input"):
-            self._take_up(client, paho, topic, message)
+            self._take_up(connection, topic, message, self._stream)
             return
-        paho.ack(message.mid, message.qos)
+        connection.acknowledge(message.packet_id)
         if message.retain:
             log.warning("mqtt: a retained request on %s is not answered at every connect; clear it", topic)
             return
-        reply = _Reply(f"{self._root}/{_fixed_response(topic)}", _correlation(message.properties))
+        reply = _Reply(connection, f"{self._root}/{_fixed_response(topic)}", message.correlation)
+        busy = self._under_way
+        self._under_way += 1
         try:
-            reply = self._reply(message.properties, reply)
+            self._direct(reply, message)
             if reply.correlation is not None:
-                key = (topic, reply.topic, reply.correlation, zlib.crc32(message.payload))
-                reply = replace(reply, key=key)
+                reply.key = (topic, reply.topic, reply.correlation, zlib.crc32(message.payload))
             if self._is_known(topic, message, reply):
+                reply.key = None  # it belongs to the one that is known
+                self._settled(reply, None)
                 return
-            if len(self._answering) >= self._config.max_pending:
-                raise Overloaded(f"{len(self._answering)} requests are being answered, the limit; try again")
-            promise = self._submit(topic, message)
+            if busy >= self._config.max_pending:
+                raise Overloaded(f"{busy} requests are being answered, the limit; try again")
+            self._ask(topic, message, reply)
         except Exception as error:
-            if len(self._refusing) < REFUSALS_FACTOR * self._config.max_pending:
-                _spawn(self._refusing, self._publish(client, reply, _refused(error)))
-            else:  # not even the refusals may pile up without end
-                self._count["unavailable"]()
             if isinstance(error, Overloaded | Unavailable):
                 self._forget(reply)  # asked again, it is tried again
-        else:
-            _spawn(self._answering, self._answer(client, reply, *promise))
+            self._respond(reply, _refused(error))
 
-    def _take_up(self, client: aiomqtt.Client, paho: Any, topic: str, message: MQTTMessage) -> None:
+    def _take_up(self, connection: Connection, topic: str, message: Message, stream: Stream) -> None:
         """An input of a stream: acknowledged when its decision is safe."""
-        assert self._stream is not None
-        mid, qos = message.mid, message.qos
+        packet_id = message.packet_id
 
         def accepted() -> None:
-            if self._connection is client:  # else the broker delivers it again, and is told then
-                paho.ack(mid, qos)
+            if self._connection is connection:  # else the broker delivers it again, and is told then
+                connection.acknowledge(packet_id)
 
         if message.retain:
             log.warning("mqtt: a retained input on %s is not decided at every connect; clear it", topic)
             accepted()
             return
-        body = bytes(message.payload)
         size = None
-        with contextlib.suppress(InvalidInput):  # then it is decoded as JSON, and refused with its reason
-            size = _header_length(message.properties)
-        self._stream.accept(
+        problem = message.problem or self._too_long(message)
+        try:
+            size = _header_length(message)
+        except InvalidInput as error:
+            problem = problem or str(error)
+        stream.accept(
             Input(
                 topic,
-                body,
-                (mid if qos else -1, zlib.crc32(body, zlib.crc32(topic.encode()))),
-                bool(message.dup) and qos > 0,
+                message.payload,
+                (packet_id or -1, zlib.crc32(message.payload, zlib.crc32(topic.encode()))),
+                message.again and packet_id > 0,
                 size,
-                _correlation(message.properties),
+                message.correlation,
+                problem,
             ),
             accepted,
         )
 
-    def _is_known(self, topic: str, message: MQTTMessage, reply: _Reply) -> bool:
+    def _is_known(self, topic: str, message: Message, reply: _Reply) -> bool:
         """Whether a request is being answered, or was, under the same key; notes it otherwise."""
         if reply.key is None:
             return False
@@ -450,92 +417,104 @@ class MqttTransport:
         if self._requests.get(reply.key, 0.0) > now:
             log.info("mqtt: a request on %s came again, it is answered once", topic)
             return True
-        expiry = _property(message.properties, "MessageExpiryInterval")
         self._requests.pop(reply.key, None)
-        self._requests[reply.key] = now + (REMEMBER_SECONDS if expiry is None else float(expiry))
+        self._requests[reply.key] = now + (REMEMBER_SECONDS if message.expiry is None else message.expiry)
         while len(self._requests) > REMEMBER_REQUESTS or next(iter(self._requests.values())) <= now:
             self._requests.popitem(last=False)
         return False
 
-    def _submit(
-        self, topic: str, message: MQTTMessage
-    ) -> tuple[asyncio.Future[Answer], Callable[[Answer], codec.Body]]:
-        body = bytes(message.payload)
+    def _ask(self, topic: str, message: Message, reply: _Reply) -> None:
+        body = message.payload
+        problem = message.problem or self._too_long(message)
+        if problem is not None:
+            raise InvalidInput(problem)
         if not body:
             raise InvalidInput("payload: empty, expected a request")
-        if len(body) > self._config.max_payload_bytes:
-            raise InvalidInput(f"payload: {len(body)} bytes, the limit is {self._config.max_payload_bytes}")
-        expiry = _property(message.properties, "MessageExpiryInterval")
+        encode: _Encode
         if topic == "predict":
             predict = codec.decode_predict(body, self._service.manifest)
-            deadline = _soonest(predict.deadline, expiry)
-            future = self._service.submit(predict.model, predict.version, predict.inputs, deadline=deadline)
-            return future, lambda answer: codec.encode_predict(answer, predict)
-        model, version = names_of(topic)
-        infer = codec.decode_infer(
-            body, _header_length(message.properties), lambda: self._service.manifest(model, version)
-        )
-        deadline = _soonest(infer.deadline, expiry)
-        future = self._service.submit(model, version, infer.inputs, deadline=deadline)
-        return future, lambda answer: codec.encode_infer(answer, infer)
+            model, version, inputs, deadline = (
+                predict.model, predict.version, predict.inputs, predict.deadline,
+            )  # fmt: skip
+            encode = functools.partial(_encode_predict, predict)
+        else:
+            model, version = names_of(topic)
+            infer = codec.decode_infer(
+                body, _header_length(message), lambda: self._service.manifest(model, version)
+            )
+            inputs, deadline = infer.inputs, infer.deadline
+            encode = functools.partial(_encode_infer, infer)
+        then = functools.partial(self._answered, reply, encode)
+        self._service.ask(model, version, inputs, then, deadline=_soonest(deadline, message.expiry))
 
-    async def _answer(
-        self,
-        client: aiomqtt.Client,
-        reply: _Reply,
-        future: asyncio.Future[Answer],
-        encode: Callable[[Answer], codec.Body],
-    ) -> None:
+    def _too_long(self, message: Message) -> str | None:
+        if message.length <= self._config.max_payload_bytes:
+            return None
+        return f"payload: {message.length} bytes, the limit is {self._config.max_payload_bytes}"
+
+    def _answered(self, reply: _Reply, encode: _Encode, answer: Answer | Exception) -> None:
         try:
-            answer = await future
+            if isinstance(answer, Exception):
+                raise answer
             response = _Response(encode(answer), 200, answer)
         except Exception as error:
             response = _refused(error)
-        except asyncio.CancelledError:
-            self._forget(reply)  # the connection is gone: delivered again, it is answered again
-            raise
-        await self._publish(client, reply, response)
+        self._respond(reply, response)
 
-    async def _publish(self, client: aiomqtt.Client, reply: _Reply, response: _Response) -> None:
+    def _respond(self, reply: _Reply, response: _Response) -> None:
+        """Send what there is to say. Never raises."""
         self._count[outcome(response.status)]()
+        connection = reply.connection
+        # Refused for being too many: a refusal must not wait for its acknowledgement as well, nor pile up.
+        refused_for_load = response.status == 429
+        if refused_for_load and connection.congested:
+            self._settled(reply, None)
+            return
+        settled = functools.partial(self._settled, reply)
         try:
-            await client.publish(
-                reply.topic,
-                response.body.data,
-                # Refused for being too many: a refusal must not wait for its acknowledgement as well.
-                qos=0 if response.status == 429 else _QOS,
-                properties=_response_properties(reply, response) if self._v5 else None,
+            properties = _response_properties(reply, response) if self._v5 else b""
+            connection.publish(
+                reply.topic, response.body.data, settled, qos=not refused_for_load, properties=properties
             )
-        except asyncio.CancelledError:
-            self._forget(reply)
-            raise
-        except (aiomqtt.MqttError, ValueError) as error:
+        except TooLarge as error:
+            if response.status == 413:
+                self._settled(reply, error)
+            else:
+                self._respond(reply, _Response(codec.Body(codec.encode_error(f"the answer: {error}")), 413))
+        except (OSError, ValueError) as error:
+            self._settled(reply, error)
+
+    def _settled(self, reply: _Reply, error: Exception | None) -> None:
+        """The broker has the answer, or nobody will."""
+        self._under_way -= 1
+        if error is not None:  # delivered again, the request is answered again
             self._forget(reply)
             log.info("mqtt: an answer on %s was lost: %s", reply.topic, error)
+        if self._idle is not None and not self._under_way:
+            self._idle.set()
 
     def _forget(self, reply: _Reply) -> None:
         if reply.key is not None:
             self._requests.pop(reply.key, None)
 
-    def _reply(self, properties: Properties | None, fixed: _Reply) -> _Reply:
+    def _direct(self, reply: _Reply, message: Message) -> None:
         """Where the answer goes.
 
         Raises:
             InvalidInput: the response topic is not one that this agent may write to.
         """
-        topic = _property(properties, "ResponseTopic")
-        if not isinstance(topic, str):
-            return fixed
-        if any(character in topic for character in "+#\0") or len(topic.encode()) > _MAX_TOPIC or not topic:
+        topic = message.response_topic
+        if topic is None:
+            return
+        if not topic or _NOT_IN_A_TOPIC.search(topic) is not None or len(topic.encode()) > _MAX_TOPIC:
             raise InvalidInput(f"response topic {topic[:80]!r}: expected a topic name without wildcards")
-        prefixes = self._config.reply_prefixes or (f"{self._config.prefix}/",)
-        if not topic.startswith(prefixes):
-            allowed = ", ".join(prefixes)
+        if not topic.startswith(self._reply_prefixes):
+            allowed = ", ".join(self._reply_prefixes)
             raise InvalidInput(f"response topic {topic[:80]!r}: expected one below {allowed}")
         # Whatever device it belongs to: an answer must never be read as a request, or as a state.
-        if topic.endswith(("/infer", "/predict", "/status", "/models")):
+        if topic.endswith(_READ_BY_AGENTS):
             raise InvalidInput(f"response topic {topic[:80]!r}: that is a topic of an agent, choose another")
-        return _Reply(topic, fixed.correlation)
+        reply.topic = topic
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
@@ -543,10 +522,24 @@ async def _ended(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _spawn(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
-    task = asyncio.create_task(work, name="mqtt answer")
-    tasks.add(task)
-    task.add_done_callback(tasks.discard)
+def _is_ours(topic: str) -> bool:
+    """Whether a topic below the device's root is one that was subscribed to."""
+    if topic == "predict":
+        return True
+    if _NOT_IN_A_TOPIC.search(topic) is not None:
+        return False
+    match topic.split("/"):
+        case ["v2", "models", _, "infer" | "input"] | ["v2", "models", _, "versions", _, "infer" | "input"]:
+            return True
+    return False
+
+
+def _encode_predict(request: codec.PredictRequest, answer: Answer) -> codec.Body:
+    return codec.encode_predict(answer, request)
+
+
+def _encode_infer(request: codec.InferRequest, answer: Answer) -> codec.Body:
+    return codec.encode_infer(answer, request)
 
 
 def _refused(error: Exception) -> _Response:
@@ -564,20 +557,12 @@ def _fixed_response(topic: str) -> str:
     return "/".join([*topic.split("/")[:3], "response"])
 
 
-def _property(properties: Properties | None, name: str) -> Any:
-    return getattr(properties, name, None)
-
-
-def _correlation(properties: Properties | None) -> bytes | None:
-    value = _property(properties, "CorrelationData")
-    return value if isinstance(value, bytes) else None
-
-
-def _header_length(properties: Properties | None) -> int | None:
-    for name, value in _property(properties, "UserProperty") or ():
+def _header_length(message: Message) -> int | None:
+    for name, value in message.user:
         if name == HEADER_LENGTH:
-            if not value.isascii() or not value.isdigit() or len(value) > 12:
-                raise InvalidInput(f"user property {name}: expected bytes, got {value[:80]!r}")
+            if not value.isdigit() or len(value) > 12:
+                said = value[:80].decode(errors="replace")
+                raise InvalidInput(f"user property {name.decode()}: expected bytes, got {said!r}")
             return int(value)
     return None
 
@@ -586,42 +571,57 @@ def _soonest(*seconds: float | None) -> float | None:
     return min((value for value in seconds if value is not None), default=None)
 
 
-def _decision_properties(decision: Decision, sequence: int) -> Properties:
-    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-    if decision.correlation is not None:
-        properties.CorrelationData = decision.correlation
-    user = [*decision.user, ("sequence", str(sequence))]
-    _say_content(properties, decision.json_size, user)
-    properties.UserProperty = user
-    return properties
+def _refused_decision(decision: Decision, error: Exception) -> Decision:
+    body = codec.encode_error(f"the answer: {error}")
+    return Decision(decision.topic, body, None, decision.correlation, (("status", "413"),))
 
 
-def _say_content(properties: Properties, json_size: int | None, user: list[tuple[str, str]]) -> None:
-    if json_size is None:
-        properties.ContentType = codec.JSON
-        properties.PayloadFormatIndicator = 1  # UTF-8
+def _decision_properties(decision: Decision, sequence: int) -> bytes:
+    return (
+        _correlation(decision.correlation)
+        + _content(decision.json_size)
+        + b"".join(wire.user_property(name, value) for name, value in decision.user)
+        + wire.user_property("sequence", str(sequence))
+    )
+
+
+def _response_properties(reply: _Reply, response: _Response) -> bytes:
+    answer = response.answer
+    if answer is None:
+        fixed = _fixed_properties(response.status, None, None, None)
     else:
-        properties.ContentType = codec.BINARY
-        properties.PayloadFormatIndicator = 0
-        user.append((HEADER_LENGTH, str(json_size)))
+        fixed = _fixed_properties(response.status, answer.source, answer.reason, str(answer.version))
+    return _correlation(reply.correlation) + _content(response.body.json_size) + fixed
 
 
-def _response_properties(reply: _Reply, response: _Response) -> Properties:
-    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-    if reply.correlation is not None:
-        properties.CorrelationData = reply.correlation
-    user = [("status", str(response.status))]
-    if response.answer is not None:
-        user.append(("source", response.answer.source))
-        user.append(("reason", response.answer.reason))
-        user.append(("model_version", response.answer.version))
-    _say_content(properties, response.body.json_size, user)
-    properties.UserProperty = user
-    return properties
+@functools.lru_cache(_KEPT_PROPERTIES)
+def _fixed_properties(status: int, source: str | None, reason: str | None, version: str | None) -> bytes:
+    said = {"status": str(status), "source": source, "reason": reason, "model_version": version}
+    return b"".join(wire.user_property(name, value) for name, value in said.items() if value is not None)
 
 
-def _why(error: aiomqtt.MqttError) -> str:
-    text = str(error)
-    if "rotocol version" in text:
-        return f"{text}: this broker does not speak the version asked; set mqtt.protocol to '3.1.1'"
-    return f"{text}; trying again"
+def _correlation(value: bytes | None) -> bytes:
+    return b"" if value is None else wire.bytes_property(wire.CORRELATION, value)
+
+
+def _content(json_size: int | None) -> bytes:
+    if json_size is None:
+        return _JSON_CONTENT
+    return _BINARY_CONTENT + wire.user_property(HEADER_LENGTH.decode(), str(json_size))
+
+
+_JSON_CONTENT: Final = wire.number_property(wire.PAYLOAD_FORMAT, 1) + wire.bytes_property(  # UTF-8
+    wire.CONTENT_TYPE, codec.JSON.encode()
+)
+_BINARY_CONTENT: Final = wire.number_property(wire.PAYLOAD_FORMAT, 0) + wire.bytes_property(
+    wire.CONTENT_TYPE, codec.BINARY.encode()
+)
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, BrokerError):
+        text = str(error)
+        if "protocol version" in text:
+            return f"{text}: this broker does not speak the version asked; set mqtt.protocol to '3.1.1'"
+        return f"{text}; trying again"
+    return f"{error.strerror or error}; trying again"

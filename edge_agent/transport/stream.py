@@ -44,6 +44,7 @@ class Input:
     again: bool  # the broker says that it may have delivered it before
     json_size: int | None
     correlation: bytes | None
+    problem: str | None = None  # why it is refused whatever the body says
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +93,8 @@ class Stream:
         try:
             if len(self._pipeline) > 4 * self._max_pending:  # a broker that ignores what we asked for
                 raise Overloaded(f"{len(self._pipeline)} inputs are under way, the limit; send less")
+            if message.problem is not None:
+                raise InvalidInput(message.problem)
             self._ask(message, slot)
         except Exception as error:
             self._answered(slot, lambda _: codec.Body(b""), error)

@@ -363,8 +363,6 @@ def mqtt_config(content: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(config, name) for name in content}
 
 
-# paho leaves the socket of a failed handshake to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_broker_that_nobody_vouches_for_is_not_talked_to(
     agent: Agent, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
