@@ -123,7 +123,7 @@ class ModelledServing:
         self._release: Release | None = None
         self._counters: ReleaseMetrics | None = None
         self._rows = self._fallback_rows = 0
-        self._killed = False
+        self._killed = self._rejected = False
         self._ok = self.metrics.request("http", "ok")
 
     async def prepare(self, bundle: Bundle) -> _Prepared:
@@ -139,6 +139,7 @@ class ModelledServing:
             self._release = Release(manifest.version, prepared.bundle.digest)
             self._counters = self.metrics.for_release(manifest.name, manifest.version)
             self._rows = self._fallback_rows = 0
+            self._rejected = False
             self.metrics.model_info(manifest.name, manifest.version, prepared.bundle.digest)
             self.metrics.model_state(manifest.name, "ready")
 
@@ -162,6 +163,13 @@ class ModelledServing:
     async def end_shadow(self, model: str) -> None:
         """Nothing to end."""
 
+    def degrade(self, model: str, state: str, reason: str) -> None:
+        """It failed, and there is nothing to go back to: every answer comes from the rules."""
+        with self._lock:
+            self._account()
+            self._rejected = True
+            self.metrics.model_state(model, state)
+
     def set_killed(self, model: str, killed: bool) -> None:
         """The signed kill switch: every answer comes from the rules."""
         with self._lock:
@@ -171,7 +179,7 @@ class ModelledServing:
     def statuses(self) -> list[_Status]:
         """The one model, if there is one yet."""
         release = self.running()
-        return [_Status(NAME, release.digest, "ready")] if release else []
+        return [_Status(NAME, release.digest, "rejected" if self._rejected else "ready")] if release else []
 
     def running(self) -> Release | None:
         """The release that answers now."""
@@ -195,8 +203,9 @@ class ModelledServing:
         for _ in range(rows):
             failed = int(self._random.random() < profile.fail)
             seconds = profile.latency * math.exp(self._random.gauss(0.0, profile.spread))
-            by_rules = self._killed or self._random.random() < profile.fallback
-            reason = "killed" if self._killed else "model_error" if by_rules else "ok"
+            away = "killed" if self._killed else "rejected" if self._rejected else ""
+            by_rules = self._random.random() < profile.fallback
+            reason = away or ("model_error" if by_rules else "ok")
             self._counters.answered(reason, 1, failed, seconds)
             self._ok()
             self._fallback_rows += reason == "model_error"

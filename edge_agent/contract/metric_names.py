@@ -128,12 +128,13 @@ REASONS: Final = (
     "corrupt_model",  # its files are not what the manifest says
     "unloaded",  # an operator unloaded it
     "killed",  # the signed kill switch of the assignments
+    "rejected",  # it failed on probation, and there is no release to go back to
     "model_error",  # the engine raised
     "non_finite",  # NaN or infinity in the output
     "deadline",  # no time left
     "breaker_open",  # it failed too often a moment ago
 )
 DECISIONS_MADE: Final = ("pass", "fail")
-MODEL_STATES: Final = ("ready", "loading", "absent", "corrupt", "unloaded", "failed")
+MODEL_STATES: Final = ("ready", "loading", "absent", "corrupt", "unloaded", "failed", "rejected")
 
 ALL: Final = tuple(value for value in list(globals().values()) if isinstance(value, Metric))

@@ -47,7 +47,7 @@ from edge_agent.telemetry.metrics import AgentMetrics, ReleaseMetrics
 
 log = logging.getLogger(__name__)
 
-State = Literal["ready", "loading", "absent", "corrupt", "unloaded", "failed"]
+State = Literal["ready", "loading", "absent", "corrupt", "unloaded", "failed", "rejected"]
 
 # What the state of the model says about why the rules answer.
 _REASON_BY_STATE: Final[Mapping[str, str]] = {
@@ -56,6 +56,7 @@ _REASON_BY_STATE: Final[Mapping[str, str]] = {
     "corrupt": "corrupt_model",
     "unloaded": "unloaded",
     "failed": "model_error",
+    "rejected": "rejected",
 }
 _OCTAVES: Final = 10  # scores are counted by doublings, from 2**-10 to 2**10 times the threshold
 _MEMORY_PER_FILE: Final = 2  # onnxruntime keeps the weights and a packed copy of them
@@ -345,7 +346,11 @@ class Service:
         if bundle is None:
             self.degrade(name, "absent", "nothing is installed")
             return
-        self._slot(name).state = "loading"
+        slot = self._slot(name)
+        if slot.state == "rejected":  # said before it was taken up: what failed is not run again
+            await self._rules_only(name, [b for b in (bundle, spare) if b], "rejected", slot.reason)
+            return
+        slot.state = "loading"
         try:
             prepared = await self.prepare(bundle)
         except (ContractError, BadRules) as error:

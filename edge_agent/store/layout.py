@@ -31,6 +31,7 @@ from edge_agent.contract.digest import Digest
 CURRENT: Final = "current"
 PREVIOUS: Final = "previous"
 RECORD: Final = "update.json"
+LASTING: Final = "lasting.json"  # what of the record must outlive its loss
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,16 @@
 One JSON file per model, replaced atomically *before* the step it announces. A rejected digest stays here
 across restarts, with its reason. The words live beside the format; which of them may follow which is
 ``update.machine``'s business.
+
+A medium may rot. The file holds its own checksum, so that a changed letter is a damaged file and not another
+digest; and what nothing else remembers (``lasting``: refusals, the kill switch, the floor) is in a second
+file that is written only when it changes.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
 from typing import Final
 
 import msgspec
@@ -89,6 +94,7 @@ class UpdateRecord(msgspec.Struct, frozen=True):
     killed: bool = False  # the signed kill switch: it holds while the device is offline, too
     minimum_version: Version | None = None  # the signed floor: no roll-back goes below it
     rollout: str = ""  # the roll-out that brought the candidate, for evidence
+    checksum: str = ""  # in the file only: SHA-256 of the document with this field empty
     format: int = FORMAT
 
     @property
@@ -100,6 +106,10 @@ class UpdateRecord(msgspec.Struct, frozen=True):
     def last_reason(self) -> str | None:
         """Why it ended so, one word."""
         return self.last.reason if self.last else None
+
+    def lasting(self) -> UpdateRecord:
+        """What must not be forgotten with the rest: what was refused, the kill switch, the floor."""
+        return UpdateRecord(rejected=self.rejected, killed=self.killed, minimum_version=self.minimum_version)
 
     def rejection(self, digest: Digest) -> Rejected | None:
         """Why this device refuses ``digest``; None if it does not."""
@@ -121,16 +131,24 @@ def parse(data: bytes) -> UpdateRecord:
     """Read ``update.json``.
 
     Raises:
-        ValueError: unreadable, or written by an agent with another format.
+        ValueError: unreadable, altered, or written by an agent with another format.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"{len(data)} bytes, expected at most {MAX_BYTES}")
     record = wire.from_json(data, UpdateRecord)
     if record.format != FORMAT:
         raise ValueError(f"format version {record.format}, this program reads {FORMAT}")
-    return record
+    # Without one it was written before there was any.
+    plain = msgspec.structs.replace(record, checksum="")
+    if record.checksum and record.checksum != _checksum(plain):
+        raise ValueError("its checksum is wrong, the medium has altered it")
+    return plain
 
 
 def encode(record: UpdateRecord) -> bytes:
     """The bytes of ``update.json``."""
-    return wire.to_json(record)
+    return wire.to_json(msgspec.structs.replace(record, checksum=_checksum(record)))
+
+
+def _checksum(record: UpdateRecord) -> str:
+    return hashlib.sha256(wire.to_json(record)).hexdigest()

@@ -34,7 +34,7 @@ from edge_agent.contract.manifest import Manifest, Member
 from edge_agent.errors import StoreError
 from edge_agent.store import state
 from edge_agent.store.fs import Disk, explained, unique
-from edge_agent.store.layout import CURRENT, PREVIOUS, RECORD, Layout
+from edge_agent.store.layout import CURRENT, LASTING, PREVIOUS, RECORD, Layout
 from edge_agent.store.state import UpdateRecord
 
 logger = logging.getLogger(__name__)
@@ -307,16 +307,20 @@ class Store:
     # The update machine's record
 
     def record(self, model: str) -> UpdateRecord:
-        """The persisted update state; a fresh one if there is none or it is damaged (which is logged)."""
+        """The persisted update state.
+
+        A fresh one if there is none. Of a damaged one what must last is left, from its second file.
+        """
         path = self.layout.model(model) / RECORD
         try:
-            with path.open("rb") as file:
-                return state.parse(file.read(state.MAX_BYTES + 1))
+            return _read_record(path)
         except FileNotFoundError:
             return UpdateRecord()
         except (OSError, ValueError) as error:
             logger.error("%s cannot be read (%s): the update state starts afresh", path, error)
-            return UpdateRecord()
+        with contextlib.suppress(OSError, ValueError):
+            return _read_record(path.with_name(LASTING)).lasting()
+        return UpdateRecord()
 
     def save(self, model: str, record: UpdateRecord) -> None:
         """Persist the update state.
@@ -324,9 +328,22 @@ class Store:
         Raises:
             StoreError: the disk refused; the record on disk is the old one.
         """
+        folder = self.layout.model(model)
         with self._writing():
-            self._disk.make_durable_dir(self.layout.model(model))
-            self._disk.write_durable(self.layout.model(model) / RECORD, state.encode(record))
+            self._disk.make_durable_dir(folder)
+            # First what must last, where it changed: seldom.
+            if record.lasting() != self._lasting(folder):
+                self._disk.write_durable(folder / LASTING, state.encode(record.lasting()))
+            self._disk.write_durable(folder / RECORD, state.encode(record))
+
+    @staticmethod
+    def _lasting(folder: Path) -> UpdateRecord | None:
+        try:
+            return _read_record(folder / LASTING)
+        except FileNotFoundError:
+            return UpdateRecord()
+        except (OSError, ValueError):
+            return None  # to be written anew
 
     # Garbage
 
@@ -492,6 +509,11 @@ class Store:
         for folder in folders:
             self._disk.settle(folder)
         self._settled = True
+
+
+def _read_record(path: Path) -> UpdateRecord:
+    with path.open("rb") as file:
+        return state.parse(file.read(state.MAX_BYTES + 1))
 
 
 def _same(path: Path, data: bytes) -> bool:

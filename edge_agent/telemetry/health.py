@@ -22,6 +22,7 @@ _STATES: Final = {
     "corrupt": "is corrupt; its rules answer",
     "unloaded": "was unloaded; its rules answer",
     "failed": "failed to load; its rules answer",
+    "rejected": "failed on probation with no release to go back to; its rules answer",
 }
 
 

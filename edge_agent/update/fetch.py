@@ -36,6 +36,7 @@ def fetch_members(
     progress: Callable[[int], None],
     transfers: Transfers | None = None,
     blobs: Path | None = None,
+    spare: int | None = None,
 ) -> int:
     """Put members into ``folder``, each proven by its digest; returns the bytes that were moved.
 
@@ -48,6 +49,8 @@ def fetch_members(
         progress: told the bytes of the member that is under way.
         transfers: shorter ways, if there are any.
         blobs: the members that are on the device, by digest.
+        spare: bytes of the disk that a parcel may take while its member is put together; where that is too
+            little, the member is fetched whole. None: no limit.
 
     Raises:
         SourceFailed: unreachable, or a member is truncated, too long or altered (``blob_mismatch``).
@@ -57,7 +60,7 @@ def fetch_members(
     for name in names:
         member = manifest.members[name]
         half = partial / member.digest.hex
-        parcel, base = _shortest(transfers, name, member, half, blobs)
+        parcel, base = _shortest(transfers, name, member, half, blobs, spare)
         if parcel is not None:
             frame, target = partial / parcel.digest.hex, folder / name
             try:
@@ -73,6 +76,7 @@ def fetch_members(
                 _forget(frame)
                 continue
             _forget(frame)
+            _forget(target)  # half of it may be there, and the whole needs the room
         moved += _bring(source, name, member, half, progress)
         with explained("store", folder / name):
             half.replace(folder / name)
@@ -85,12 +89,20 @@ def _forget(path: Path) -> None:
 
 
 def _shortest(
-    transfers: Transfers | None, name: str, member: Member, half: Path, blobs: Path | None
+    transfers: Transfers | None,
+    name: str,
+    member: Member,
+    half: Path,
+    blobs: Path | None,
+    spare: int | None,
 ) -> tuple[Parcel | None, Path | None]:
-    """The smallest parcel that can be opened here and is less than what is left to fetch; and its base."""
+    """The smallest parcel that can be opened here and is less than what is left to fetch; and its base.
+
+    Parcel and member are on the disk together for a moment: ``spare`` is what there is for the parcel.
+    """
     left = member.size - (half.stat().st_size if half.exists() else 0)
     for parcel in sorted(transfers.members.get(name, ()) if transfers else (), key=lambda one: one.size):
-        if parcel.size >= left:
+        if parcel.size >= left or (spare is not None and parcel.size > spare):
             break
         base = blobs / parcel.base.hex if parcel.base and blobs else None
         if (parcel.base is None or base is not None) and fits(base, member):

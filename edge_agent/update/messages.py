@@ -53,6 +53,7 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 
     folder: str
     names: tuple[str, ...]
+    spare: int  # bytes of the disk that may be used beside the members themselves, for parcels
 
 
 class Test(msgspec.Struct, frozen=True, tag=True):

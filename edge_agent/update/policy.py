@@ -50,7 +50,7 @@ def decide(
     release = share.release
     rejection = record.rejection(release.digest)
     if release.digest == current:
-        if intact and rejection is not None:  # it failed here, and there was nothing to go back to
+        if rejection is not None:  # it failed here, and there was nothing to go back to: its rules answer
             return _rejected_before(release, rejection)
         if intact:
             return Decision(
@@ -220,6 +220,8 @@ def judge(config: ProbationConfig, seen: Observed) -> tuple[Verdict, str, str]:
     """
     if seen.state == "unloaded":
         return Verdict.WAIT, "unloaded", "an operator unloaded the model"
+    if seen.state == "corrupt":
+        return Verdict.UNHEALTHY, "corrupt", "its files were damaged on this device's disk"
     if not seen.right or seen.state not in ("ready", "loading"):
         return Verdict.UNHEALTHY, "not_running", f"the release is not what runs: the model is {seen.state}"
     rows = max(seen.rows, seen.fallback_rows)

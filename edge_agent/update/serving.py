@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from edge_agent.contract.bundle import Bundle
 
@@ -119,6 +119,10 @@ class Serving(Protocol):
 
     async def end_shadow(self, name: str) -> None:
         """Let it see nothing more; it may still be swapped in."""
+        ...
+
+    def degrade(self, name: str, state: Literal["rejected"], reason: str) -> None:
+        """Let the rules answer until a release is swapped in. May come before the model is known."""
         ...
 
     def set_killed(self, name: str, killed: bool) -> None:

@@ -80,8 +80,10 @@ _SPARE_BYTES: Final = 16 << 20  # left free on the disk beside what an update ne
 
 # Seen by running it here, and the same tomorrow. What its manifest already says is looked at anew each time,
 # because the agent, its configuration or the floor may have changed.
-_PERMANENT: Final = frozenset({"selftest", "too_slow", "no_golden", "engine", "rules"})
-
+_PERMANENT: Final = frozenset(
+    {"selftest", "too_slow", "no_golden", "engine", "rules", "external_data", "custom_operators"}
+)
+_NO_WAY_BACK: Final = ("no_previous", "corrupt_previous")
 
 # Weightiest last: what run_once reports for a device with several models.
 _WEIGHT: Final = (
@@ -214,8 +216,10 @@ class Updater:
             return False
         try:
             if self._source is None:
+                # Only to look: members are the worker's.
+                access = msgspec.structs.replace(self._access(), blobs="")
                 self._source = await asyncio.to_thread(
-                    open_source, self._config.source, self._config.timeout_seconds, self._access()
+                    open_source, self._config.source, self._config.timeout_seconds, access
                 )
             seen = await asyncio.to_thread(self._source.look, self._known.seen)
         except EdgeError as error:
@@ -313,8 +317,8 @@ class Updater:
             self._refuse_unfit(model, manifest, share.minimum_version)
             lacking = await asyncio.to_thread(self._store.lacks, manifest)
             needed = sum(member.size for member in lacking.values())
-            await asyncio.to_thread(self._refuse_without_space, manifest, needed)
-            await hands.ask(Fetch(str(staged), tuple(sorted(lacking))))
+            spare = await asyncio.to_thread(self._refuse_without_space, manifest, needed)
+            await hands.ask(Fetch(str(staged), tuple(sorted(lacking)), spare))
 
             await self._ledger.step(model, Event.FETCHED)
             bundle = await asyncio.to_thread(self._store.admit, staged)
@@ -438,7 +442,10 @@ class Updater:
                     outcome = await self._ledger.finish(model, Event.HEALTHY, Result.SUCCEEDED, reason, text)
                     self._known.outcome = outcome
                 elif verdict is Verdict.UNHEALTHY:
-                    self._known.outcome = await self._take_back(model, Event.UNHEALTHY, reason, message)
+                    # Of a release that rotted on the disk nothing is known: it is repaired, not refused.
+                    self._known.outcome = await self._take_back(
+                        model, Event.UNHEALTHY, reason, message, reject=reason != "corrupt"
+                    )
             # What was said and the disk refused to keep: a restart must not find the state before it.
             await self._ledger.save(model, tolerant=True)
 
@@ -472,20 +479,25 @@ class Updater:
         await self._ledger.save(
             model, tolerant=True
         )  # a disk that refuses does not keep a bad model in service
-        return await self._go_back(model)
+        return await self._go_back(model, reason, message)
 
-    async def _go_back(self, model: str) -> UpdateOutcome:
-        """Carry out ``rolling_back``: idempotent, repeated until the disk lets it happen."""
+    async def _go_back(
+        self, model: str, reason: str = "aborted", message: str = "superseded"
+    ) -> UpdateOutcome:
+        """Carry out ``rolling_back``: idempotent, repeated until the disk lets it happen.
+
+        Where there is no way back, a release that failed answers nothing more: its rules do.
+        """
         record = self._models[model].record
         release = record.candidate
         rejection = record.rejection(release.digest) if release else None
-        reason, message = (rejection.reason, rejection.message) if rejection else ("aborted", "superseded")
+        if rejection is not None:  # whatever was said then, also before a restart
+            reason, message = rejection.reason, rejection.message
         result = _RESULT_OF_TAKING_BACK.get(reason, Result.FAILED_ROLLBACK_COMPLETE)
         already = release is not None and self._store.pointer(model) != release.digest
         try:
             if not already:
-                previous = await asyncio.to_thread(self._store.intact_previous, model)
-                check_floor(previous.manifest.version, record.minimum_version)
+                previous = await asyncio.to_thread(self._way_back, model, record)
                 await self._swap_to(previous)
                 await asyncio.to_thread(self._store.roll_back, model)
             else:
@@ -493,12 +505,43 @@ class Updater:
         except (EdgeError, ContractError) as error:
             why = getattr(error, "reason", "corrupt_previous")
             text = f"{message}; and there is no way back: {error}"
-            if isinstance(error, StoreError) and why not in ("no_previous", "corrupt_previous"):
+            if isinstance(error, StoreError) and why not in _NO_WAY_BACK:
                 # The old release answers already; its pointer is tried again with the next look.
                 self._ledger.count(model, Result.FAILED_UNABLE_TO_ROLLBACK, why, release)
                 return self._ledger.outcome(model, Result.FAILED_UNABLE_TO_ROLLBACK, why, text, release)
+            self._withdraw(model)
+            # As before it came: rules answer, and nothing was lost.
+            if why == "no_previous" and (rejection is not None or reason == "corrupt"):
+                text = f"{message}; no release was before it, so its rules answer"
+                return await self._ledger.finish(model, Event.ROLLED_BACK, result, reason, text)
             return await self._ledger.finish(model, Event.FAIL, Result.FAILED_UNABLE_TO_ROLLBACK, why, text)
         return await self._ledger.finish(model, Event.ROLLED_BACK, result, reason, message)
+
+    def _way_back(self, model: str, record: UpdateRecord) -> Bundle:
+        """The release to go back to.
+
+        Raises:
+            StoreError: there is none, or it was rejected here itself (``no_previous``), or it is damaged
+                (``corrupt_previous``).
+            UpdateRejected: it is below the signed floor.
+        """
+        previous = self._store.intact_previous(model)
+        version = previous.manifest.version
+        if (rejection := record.rejection(previous.digest)) is not None:
+            raise StoreError(
+                f"model {model}: the previous release {version} was rejected here ({rejection.reason}); "
+                "install another one",
+                reason="no_previous",
+            )
+        check_floor(version, record.minimum_version)
+        return previous
+
+    def _withdraw(self, model: str) -> None:
+        """Let the rules answer where what is current was rejected here; also before serving has begun."""
+        current = self._store.pointer(model)
+        rejection = self._models[model].record.rejection(current) if current else None
+        if rejection is not None and self._serving is not None:
+            self._serving.degrade(model, "rejected", rejection.message)
 
     async def _swap_to(self, bundle: Bundle | None) -> None:
         if bundle is None or self._serving is None:
@@ -554,7 +597,8 @@ class Updater:
 
     async def _install(self, model: str, release: Release, staged: Bundle, hands: Hands) -> UpdateOutcome:
         tracked = self._models[model]
-        if self._store.pointer(model) == release.digest and await self._is_intact(model):
+        refused = tracked.record.rejection(release.digest) is not None
+        if self._store.pointer(model) == release.digest and not refused and await self._is_intact(model):
             message = f"{model} {release.version} is installed"
             return self._ledger.outcome(
                 model, Result.ALREADY_INSTALLED, "already_installed", message, release
@@ -598,7 +642,8 @@ class Updater:
             release = await asyncio.to_thread(self._release_of, name, tracked.record, current)
             if tracked.record.state in RESTING or tracked.record.state is State.PROBATION:
                 try:
-                    await asyncio.to_thread(self._refuse_way_back, name, tracked.record)
+                    # What cannot succeed is refused before anything is said or done.
+                    await asyncio.to_thread(self._way_back, name, tracked.record)
                 except (StoreError, UpdateRejected) as error:
                     return self._ledger.outcome(name, *result_of(error), str(error), release)
             if tracked.record.state is not State.ROLLING_BACK:
@@ -701,6 +746,7 @@ class Updater:
                 )
         elif tracked.record.state is State.ROLLING_BACK:
             await self._go_back(model)
+        self._withdraw(model)
 
     async def _resume_activating(self, model: str, release: Release) -> None:
         """The self-test had passed; whether the pointer moved is unknown, and moving it again is harmless."""
@@ -784,7 +830,8 @@ class Updater:
         check_floor(manifest.version, minimum)
         check_fit(manifest, platform.machine(), Version(__version__), self._config.max_bundle_bytes)
 
-    def _refuse_without_space(self, manifest: Manifest, needed: int) -> None:
+    def _refuse_without_space(self, manifest: Manifest, needed: int) -> int:
+        """Returns the bytes that are left over."""
         free = self._store.free_bytes()
         if needed + _SPARE_BYTES > free:
             raise StoreError(
@@ -792,6 +839,7 @@ class Updater:
                 f"{free} are free in {self._store.layout.root}; free some space",
                 reason="disk_full",
             )
+        return free - _SPARE_BYTES - needed
 
     async def _is_any_damaged(self) -> bool:
         """Whether the files of a current release changed on disk, or serving has lost its model."""
@@ -834,6 +882,8 @@ class Updater:
         tracked = self._models[model]
         status = self._serving_status(model)
         if status is None or tracked.record.state in (State.PROBATION, State.ROLLING_BACK):
+            return
+        if status.state == "rejected":
             return
         right = status.state == "ready" and status.digest == self._store.pointer(model)
         if right or status.state in ("loading", "unloaded"):
@@ -934,11 +984,6 @@ class Updater:
             raise UnknownModel(f"no model {model[:80]!r} in the store, it holds {', '.join(known) or 'none'}")
         return model
 
-    def _refuse_way_back(self, model: str, record: UpdateRecord) -> None:
-        """Refuse a manual roll-back that cannot succeed, before anything is said or done."""
-        previous = self._store.intact_previous(model)
-        check_floor(previous.manifest.version, record.minimum_version)
-
     def _previous_digest(self, model: str) -> Digest | None:
         previous = self._store.pointer(model, "previous")
         return previous if previous != self._store.pointer(model) else None
@@ -978,7 +1023,11 @@ _TRY_AGAIN: Final = frozenset(
         Result.ABORTED,
     }
 )
-_RESULT_OF_TAKING_BACK: Final = {"operator": Result.SUCCEEDED, "aborted": Result.ABORTED}
+_RESULT_OF_TAKING_BACK: Final = {
+    "operator": Result.SUCCEEDED,
+    "aborted": Result.ABORTED,
+    "superseded": Result.ABORTED,
+}
 
 
 def _fingerprint(bundle: Bundle) -> tuple[Any, ...]:

@@ -152,7 +152,7 @@ class Worker:
         manifest = open_bundle(folder).manifest
         moved = fetch_members(
             source, manifest, command.names, folder, partial, progress,
-            self._transfers(manifest), Path(self._setup.blobs),
+            self._transfers(manifest), Path(self._setup.blobs), command.spare,
         )  # fmt: skip
         return Done(bytes=moved)
 

@@ -106,6 +106,9 @@ class TalliedServing:
     async def end_shadow(self, name: str) -> None:
         self.shadows.pop(name, None)
 
+    def degrade(self, name: str, state: str, reason: str) -> None:
+        self.states[name] = state
+
     def set_killed(self, name: str, killed: bool) -> None:
         self.killed[name] = killed
 
@@ -116,7 +119,11 @@ class TalliedServing:
         """What the agent does at its start."""
         for model in store.models():
             bundle = store.current(model)
-            if bundle is not None:
+            if bundle is None:
+                continue
+            if self.states.get(model) == "rejected":
+                self.running[model] = bundle
+            else:
                 self.swap(bundle)
 
 

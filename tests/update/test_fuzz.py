@@ -254,7 +254,7 @@ def try_an_update(worker: Worker, scratch: Path) -> None:
     if not isinstance(ask(ReadManifest("demo", share.release, str(folder))), Done):
         return
     members = tuple(sorted(manifest.parse((folder / "manifest.json").read_bytes()).members))
-    if isinstance(ask(Fetch(str(folder), members)), Done):
+    if isinstance(ask(Fetch(str(folder), members, spare=0)), Done):
         report = ask(Test(str(folder)))
         assert isinstance(report, SelfTest)
         assert report.passed, "what got this far is what was signed"

@@ -79,22 +79,92 @@ def test_a_release_lost_by_serving_on_probation_is_taken_back(device: Device, pu
     asyncio.run(scenario())
 
 
-def test_a_first_release_that_fails_stays_because_there_is_no_other(
+async def first_release_fails(device: Device, publisher: Publisher) -> None:
+    publisher.assign(publisher.publish("1.0.0"))
+    await device.updater.run_once()
+    device.serving.tallies["demo"].rows = device.serving.tallies["demo"].fallback_rows = 50
+    await device.updater.run_once()
+
+
+def test_where_a_first_release_fails_its_rules_answer_also_after_a_restart(
+    device: Device, publisher: Publisher
+) -> None:
+    async def scenario() -> None:
+        await first_release_fails(device, publisher)
+        assert device.serving.states == {"demo": "rejected"}
+        record = device.store.record("demo")
+        assert (record.last_result, record.last_reason) == ("failed_rollback_complete", "fallback")
+        assert device.result_count("failed_unable_to_rollback") == 0
+        await device.restart()
+        outcome = await device.updater.run_once()
+        assert (outcome.result, outcome.reason) == (Result.REJECTED, "fallback")
+        assert device.serving.states == {"demo": "rejected"}
+        assert device.serving.swaps == [], "what failed is not even loaded"
+
+    asyncio.run(scenario())
+
+
+def test_a_better_release_follows_a_rejected_first_one_and_there_is_no_way_back_to_that(
+    device: Device, publisher: Publisher
+) -> None:
+    async def scenario() -> None:
+        await first_release_fails(device, publisher)
+        publisher.assign(publisher.publish("1.0.1"))
+        await device.follow()
+        assert (device.version(), device.state()) == ("1.0.1", State.COMMITTED)
+        assert device.serving.states == {"demo": "ready"}
+        outcome = await device.updater.roll_back("demo")
+        assert (outcome.result, outcome.reason) == (Result.FAILED_NO_STATE_CHANGE, "no_previous")
+        assert device.serving.states == {"demo": "ready"}
+        publisher.assign(publisher.publish("1.0.2"))
+        await device.follow()
+        assert (await device.updater.roll_back("demo")).version == "1.0.1"
+
+    asyncio.run(scenario())
+
+
+def test_a_second_release_that_fails_after_a_rejected_first_one_leaves_the_rules(
+    device: Device, publisher: Publisher
+) -> None:
+    async def scenario() -> None:
+        await first_release_fails(device, publisher)
+        publisher.assign(publisher.publish("1.0.1"))
+        await device.updater.run_once()
+        device.serving.tallies["demo"].rows = device.serving.tallies["demo"].fallback_rows = 50
+        await device.updater.run_once()
+        assert device.serving.states == {"demo": "rejected"}
+        assert [str(one.version) for one in device.store.record("demo").rejected] == ["1.0.0", "1.0.1"]
+        assert device.store.record("demo").last_result == "failed_rollback_complete"
+
+    asyncio.run(scenario())
+
+
+def test_an_operator_forgives_a_rejected_first_release_by_installing_it(
+    device: Device, publisher: Publisher
+) -> None:
+    async def scenario() -> None:
+        await first_release_fails(device, publisher)
+        outcome = await device.updater.install(publisher.folder / "bundle-1")
+        assert (outcome.result, device.state()) == (Result.SUCCEEDED, State.PROBATION)
+        await device.commit()
+        assert device.serving.states == {"demo": "ready"}
+        await device.restart()
+        assert device.serving.states == {"demo": "ready"}
+
+    asyncio.run(scenario())
+
+
+def test_a_first_release_that_keeps_ending_the_agent_is_not_run_again(
     device: Device, publisher: Publisher
 ) -> None:
     async def scenario() -> None:
         publisher.assign(publisher.publish("1.0.0"))
         await device.updater.run_once()
-        device.serving.tallies["demo"].rows = device.serving.tallies["demo"].fallback_rows = 50
-        await device.updater.run_once()
-        assert device.version() == "1.0.0"
-        record = device.store.record("demo")
-        assert (record.last_result, record.last_reason) == ("failed_unable_to_rollback", "no_previous")
-        assert device.result_count("failed_unable_to_rollback") == 1
-        # A better one heals it.
-        publisher.assign(publisher.publish("1.0.1"))
-        await device.follow()
-        assert device.version() == "1.0.1"
+        for _ in range(3):
+            await device.restart()
+        assert device.store.record("demo").last_reason == "crash_loop"
+        assert device.serving.swaps == []
+        assert device.serving.states == {"demo": "rejected"}
 
     asyncio.run(scenario())
 
@@ -389,7 +459,41 @@ def test_a_disk_that_refuses_the_roll_back_does_not_keep_a_bad_model_in_service(
     asyncio.run(scenario())
 
 
-def test_a_lost_record_costs_the_memory_of_what_was_rejected_and_nothing_else(
+@pytest.mark.parametrize("rot", ["zeros", "a letter"])
+def test_what_was_rejected_stays_rejected_though_the_record_rots(
+    device: Device, publisher: Publisher, rot: str
+) -> None:
+    async def scenario() -> None:
+        bad = await on_probation(device, publisher)
+        device.serving.tallies["demo"].rows = device.serving.tallies["demo"].fallback_rows = 50
+        await device.updater.run_once()
+        record = device.store.layout.model("demo") / "update.json"
+        data = record.read_bytes()
+        hex_ = bad.digest.hex.encode()
+        other = (b"0" if hex_[:1] != b"0" else b"1") + hex_[1:]
+        record.write_bytes(bytes(len(data)) if rot == "zeros" else data.replace(hex_, other))
+        await device.restart()
+        outcome = await device.updater.run_once()
+        assert (outcome.result, outcome.reason) == (Result.REJECTED, "fallback")
+        assert device.version() == "1.0.0"
+
+    asyncio.run(scenario())
+
+
+def test_the_kill_switch_and_the_floor_outlive_the_record(device: Device, publisher: Publisher) -> None:
+    async def scenario() -> None:
+        first = publisher.publish("1.0.0")
+        publisher.assign(first, killed=True, minimum_version=Version("1.0.0"))
+        await device.follow()
+        (device.store.layout.model("demo") / "update.json").write_bytes(b"")
+        await device.restart()
+        assert device.serving.killed == {"demo": True}
+        assert device.store.record("demo").minimum_version == "1.0.0"
+
+    asyncio.run(scenario())
+
+
+def test_a_record_without_its_second_file_costs_memory_and_nothing_else(
     device: Device, publisher: Publisher
 ) -> None:
     async def scenario() -> None:

@@ -183,11 +183,11 @@ class Way:
         self.parcel = Parcel(Digest.of_bytes(frame), len(frame), Digest.of_bytes(NOISE))
         (self.repository / self.parcel.digest.hex).write_bytes(frame)
 
-    def fetch(self) -> int:
+    def fetch(self, spare: int | None = None) -> int:
         """Bytes moved; afterwards the member is right, whatever way it came."""
         moved = fetch_members(
             FolderSource(self.repository.parents[1]), self.manifest, [MODEL], self.staged, self.partial,
-            lambda _: None, Transfers({MODEL: (self.parcel,)}), self.store,
+            lambda _: None, Transfers({MODEL: (self.parcel,)}), self.store, spare,
         )  # fmt: skip
         assert (self.staged / MODEL).read_bytes() == TUNED
         assert not list(self.partial.iterdir())
@@ -196,6 +196,12 @@ class Way:
 
 def test_the_difference_is_all_that_moves(way: Way) -> None:
     assert way.fetch() == way.parcel.size
+
+
+def test_where_the_disk_has_no_room_for_a_parcel_beside_its_member_the_member_comes_whole(way: Way) -> None:
+    assert way.fetch(way.parcel.size - 1) == len(TUNED)
+    (way.staged / MODEL).unlink()
+    assert way.fetch(way.parcel.size) == way.parcel.size
 
 
 def test_without_its_base_the_member_comes_whole(way: Way) -> None:

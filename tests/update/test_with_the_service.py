@@ -162,3 +162,31 @@ def test_a_model_damaged_on_disk_is_repaired_while_the_rules_answer(tmp_path: Pa
         agent.store.close()
 
     asyncio.run(scenario())
+
+
+def test_where_a_first_release_fails_its_rules_answer_and_a_restart_does_not_load_it(tmp_path: Path) -> None:
+    publisher = Publisher(tmp_path / "fleet")
+
+    async def scenario() -> None:
+        first = Agent(tmp_path / "store", publisher)
+        # It passes its golden vectors, and answers NaN to what the plant really sends.
+        publisher.assign(publisher.publish("1.0.0", non_finite_above=0.9))
+        await first.updater.run_once()
+        async with asyncio.timeout(PATIENCE):
+            while first.state() is State.PROBATION:
+                await first.ask(1.0)
+                await first.updater.run_once()
+        assert await first.ask(0.0) == ("fallback", "rejected", "1.0.0")
+        first.store.close()
+
+        agent = Agent(tmp_path / "store", publisher)
+        await agent.updater.recover()
+        await agent.service.start("demo", agent.store.current("demo"))
+        await agent.updater.run_once()
+        assert await agent.ask(0.0) == ("fallback", "rejected", "1.0.0")
+        publisher.assign(publisher.publish("1.0.1"))
+        await agent.updater.run_once()
+        assert await agent.ask(1.0) == ("model", "ok", "1.0.1")
+        agent.store.close()
+
+    asyncio.run(scenario())
