@@ -269,11 +269,12 @@ class Routes:
     # -- inference -----------------------------------------------------------------------------------------
 
     def _infer(self, exchange: Exchange, route: Route) -> None:
-        request = codec.decode_infer(
-            exchange.body(),
-            _json_size(exchange),
-            lambda: self._service.manifest(route.model, route.version),
-        )
+        manifest = functools.partial(self._service.manifest, route.model, route.version)
+        try:
+            request = codec.decode_infer(exchange.body(), _json_size(exchange), manifest)
+        except InvalidInput:
+            manifest()  # whoever asks an unknown model is told so, not what else is wrong
+            raise
         exchange.parts = []  # the tensors hold what is still needed of it
         then = functools.partial(self._answered, exchange, codec.encode_infer, request)
         self._service.ask(

@@ -129,6 +129,13 @@ CASES = {
         "has no version '9.9.9' here, it is 1.0.0",
         404,
     ),
+    "unknown model and a bad body": Case("/v2/models/demu/infer", b"{", "no model 'demu' here", 404),
+    "unknown version and a bad tensor": Case(
+        "/v2/models/demo/versions/9.9.9/infer",
+        _inputs(_tensor(datatype="FP99")),
+        "no version '9.9.9' here",
+        404,
+    ),
     "unknown path": Case("/v3/models", b"{}", "no such path: '/v3/models'", 404),
     "unknown model path": Case("/v2/models/demo/explain", b"{}", "no such path", 404),
     "binary size not a number": Case(
