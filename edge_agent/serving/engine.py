@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +41,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 class Engine:
-    """One loaded model. ``run`` may be called from any thread, one call at a time."""
+    """One loaded model, for one caller. ``run`` may be called from any thread, one call at a time."""
 
     def __init__(
         self, session: onnxruntime.InferenceSession, run_options: Callable[[], onnxruntime.RunOptions]
@@ -57,30 +59,7 @@ class Engine:
         Raises:
             EngineError: onnxruntime refuses it, or is not there; says why in its words.
         """
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise EngineError(f"onnxruntime cannot be imported: {_first_line(error)}; install it") from error
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = config.threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.enable_cpu_mem_arena = False
-        options.log_severity_level = 4  # what goes wrong is raised, and reported once, by us
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        # A hostile model must not fill the memory by folding constants at load.
-        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "67108864")
-        try:
-            for key, value in config.options.items():
-                options.add_session_config_entry(key, value)
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own, unrelated types
-            raise EngineError(
-                f"{path.name}: onnxruntime {VERSION} cannot load it: {_first_line(error)}"
-            ) from error
-        session.disable_fallback()
-        return cls(session, ort.RunOptions)
+        return cls(*_open(path, config))
 
     def run(self, feeds: Mapping[str, Tensor]) -> Feeds:
         """Run the model once.
@@ -117,6 +96,67 @@ class Engine:
             self.run(feeds)
             durations.append(time.perf_counter() - started)
         return float(np.median(durations))
+
+
+class Sessions:
+    """Loaded models by the digest of their file: what several releases have in common is in memory once.
+
+    Two releases that differ in rules or threshold, two lines with the same model under two names: each has an
+    ``Engine`` of its own, all of them one session, which onnxruntime lets run in several threads at once. It
+    goes with the last of them. Equal weights in different files are not shared: from Python, onnxruntime
+    shares initializers only before it packs them, and what counts in memory is the packed copy.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._loaded: weakref.WeakValueDictionary[str, onnxruntime.InferenceSession] = (
+            weakref.WeakValueDictionary()
+        )
+        self._loading = threading.Lock()
+
+    def engine(self, path: Path, digest: str) -> Engine:
+        """The engine of a model file, whose bytes were verified against ``digest``.
+
+        Raises:
+            EngineError: as ``Engine.load``.
+        """
+        with self._loading:
+            session = self._loaded.get(digest)
+            if session is None:
+                session, _ = _open(path, self._config)
+                self._loaded[digest] = session
+        import onnxruntime as ort
+
+        return Engine(session, ort.RunOptions)
+
+
+def _open(
+    path: Path, config: EngineConfig
+) -> tuple[onnxruntime.InferenceSession, Callable[[], onnxruntime.RunOptions]]:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise EngineError(f"onnxruntime cannot be imported: {_first_line(error)}; install it") from error
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = config.threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 4  # what goes wrong is raised, and reported once, by us
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # A hostile model must not fill the memory by folding constants at load.
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "67108864")
+    try:
+        for key, value in config.options.items():
+            options.add_session_config_entry(key, value)
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own, unrelated types
+        raise EngineError(
+            f"{path.name}: onnxruntime {VERSION} cannot load it: {_first_line(error)}"
+        ) from error
+    session.disable_fallback()
+    return session, ort.RunOptions
 
 
 def _first_line(error: BaseException) -> str:

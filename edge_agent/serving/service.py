@@ -39,7 +39,7 @@ from edge_agent.rules.evaluate import RuleSet, constant
 from edge_agent.serving import tensors
 from edge_agent.serving.batcher import Batcher, Pending, Timings
 from edge_agent.serving.decision import Scores, fails, on_the_models_scale
-from edge_agent.serving.engine import Engine
+from edge_agent.serving.engine import Engine, Sessions
 from edge_agent.serving.history import History, Noted
 from edge_agent.serving.shadow import Shadow, ShadowReport
 from edge_agent.serving.tensors import Feeds, Tensor
@@ -165,7 +165,6 @@ class _Release:
     detector: DriftDetector | None = None
     load_seconds: float = 0.0
     stall_seconds: float = 0.0
-    memory: int = 0  # bytes, about
 
 
 PreparedModel = _Release
@@ -210,6 +209,7 @@ class Service:
         self._engine = engine
         self._drift = drift
         self._metrics = metrics
+        self._sessions = Sessions(engine)
         self._slots: dict[str, _Slot] = {}
         self._loading: set[asyncio.Task[None]] = set()
 
@@ -372,7 +372,7 @@ class Service:
         stall = asyncio.create_task(_longest_stall(), name="stall")
         try:
             rules, engine, median, detector = await asyncio.to_thread(
-                _load, bundle, self._engine, self._drift
+                _load, bundle, self._sessions, self._engine, self._drift
             )
         finally:
             stall.cancel()
@@ -387,7 +387,6 @@ class Service:
             detector=detector,
             load_seconds=time.perf_counter() - started,
             stall_seconds=stalled,
-            memory=_MEMORY_PER_FILE * manifest.members[MODEL].size,
         )
         release.batcher = Batcher(
             engine,
@@ -419,7 +418,7 @@ class Service:
         self._metrics.serving_gap(name, prepared.stall_seconds)
         _retire(before)
         slot.loaded, slot.made_room = time.monotonic(), False
-        for other in self._in_the_way(slot, prepared.memory):
+        for other in self._in_the_way(slot, prepared.manifest):
             self.degrade(other.name, "unloaded", f"made room for {name}, comes back when it is asked")
             other.made_room = True
 
@@ -527,23 +526,27 @@ class Service:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    def _in_the_way(self, slot: _Slot, memory: int) -> list[_Slot]:
-        """Who must leave for a model of this size, the one not asked for longest first."""
+    def _in_the_way(self, slot: _Slot, manifest: Manifest) -> list[_Slot]:
+        """Who must leave for a model of this size, the one not asked for longest first.
+
+        Those who share a model leave together, or not at all: alone, none of them would make room.
+        """
         budget = self._engine.memory_budget_mb * 1e6
         if not budget:
             return []
-        others = [
-            (other.asked, other, other.release.memory)
-            for other in self._slots.values()
-            if other is not slot and other.release is not None and other.release.engine is not None
-        ]
-        total = memory + sum(size for _, _, size in others)
-        leaving = []
-        for _, other, size in sorted(others, key=lambda entry: entry[0]):
+        groups: dict[str, list[tuple[_Slot, Manifest]]] = {}
+        for other in self._slots.values():
+            held = other.release
+            if other is not slot and held is not None and held.engine is not None:
+                groups.setdefault(held.manifest.members[MODEL].digest, []).append((other, held.manifest))
+        groups.pop(manifest.members[MODEL].digest, None)  # they share it with this one
+        total = _memory(manifest) + sum(_memory(group[0][1]) for group in groups.values())
+        leaving: list[_Slot] = []
+        for group in sorted(groups.values(), key=lambda group: max(other.asked for other, _ in group)):
             if total <= budget:
                 break
-            leaving.append(other)
-            total -= size
+            leaving += [other for other, _ in group]
+            total -= _memory(group[0][1])
         return leaving
 
     def _bring_back(self, slot: _Slot) -> None:
@@ -552,8 +555,8 @@ class Service:
         if release is None:
             return
         now = time.monotonic()
-        memory = _MEMORY_PER_FILE * release.manifest.members[MODEL].size
-        if any(now - other.loaded < self._engine.stay_seconds for other in self._in_the_way(slot, memory)):
+        others = self._in_the_way(slot, release.manifest)
+        if any(now - other.loaded < self._engine.stay_seconds for other in others):
             return  # two that do not fit together would only load and never answer
         slot.made_room = False
 
@@ -806,12 +809,12 @@ class _Request(Pending, eq=False, kw_only=True):
 
 
 def _load(
-    bundle: Bundle, config: EngineConfig, drift: DriftConfig
+    bundle: Bundle, sessions: Sessions, config: EngineConfig, drift: DriftConfig
 ) -> tuple[RuleSet, Engine, float, DriftDetector | None]:
     """Verify everything, then parse, load and warm it. Runs in a thread."""
     bundle.verify()
     rules = _read_rules(bundle)
-    engine = Engine.load(bundle.member(MODEL), config)
+    engine = sessions.engine(bundle.member(MODEL), bundle.manifest.members[MODEL].digest)
     _check_names(bundle, engine)
     median = engine.warm_up(_warm_up_feeds(bundle), config.warmup_runs)
     detector = None
@@ -820,6 +823,11 @@ def _load(
         if len(baseline.features) == len(_features(bundle.manifest)):
             detector = DriftDetector(baseline, drift.window_rows)
     return rules, engine, median, detector
+
+
+def _memory(manifest: Manifest) -> int:
+    """Bytes that a loaded model takes, about."""
+    return _MEMORY_PER_FILE * manifest.members[MODEL].size
 
 
 def _read_rules(bundle: Bundle) -> RuleSet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from edge_agent.serving.service import Answer, Service
 from edge_agent.telemetry.metrics import AgentMetrics
 from tests.support.bundles import tiny_bundle
 
+VERSIONS = ("1.0.1", "1.0.2", "1.0.3")
 ROW = np.full((1, 4), 3, np.float32)
 
 
 def bundles(folder: Path) -> list[Bundle]:
-    return [tiny_bundle(folder / name, name) for name in ("a", "b", "c")]
+    """Three different models: the version is in the file."""
+    return [tiny_bundle(folder / name, name, version) for name, version in zip("abc", VERSIONS, strict=True)]
 
 
 def service_for(models: int, bundle: Bundle, stay_seconds: float = 60.0) -> Service:
@@ -123,5 +126,84 @@ def test_session_options_reach_onnxruntime(tmp_path: Path) -> None:
         wrong = EngineConfig(options={"session.load_model_format": "ORT"})  # it is ONNX
         with pytest.raises(EngineError):
             await Service(ServingConfig(), wrong, DriftConfig(enabled=False), metrics).prepare(bundle)
+
+    asyncio.run(story())
+
+
+def session_of(service: Service, name: str) -> object:
+    release = service._slots[name].release
+    assert release is not None
+    assert release.engine is not None
+    return release.engine._session
+
+
+def test_releases_with_the_same_model_file_share_one_session_and_answer_side_by_side(tmp_path: Path) -> None:
+    async def story() -> None:
+        metrics = AgentMetrics(CollectorRegistry(), "test", "0")
+        engine = EngineConfig(inline_below_ms=0.0)  # each in a thread of its own
+        service = Service(ServingConfig(deadline_ms=60_000), engine, DriftConfig(enabled=False), metrics)
+        for name, threshold in (("a", 4.0), ("b", 10.0)):
+            await service.start(name, tiny_bundle(tmp_path / name, name, threshold=threshold))
+        await service.start("c", tiny_bundle(tmp_path / "c", "c", "1.0.1"))
+        assert session_of(service, "a") is session_of(service, "b")
+        assert session_of(service, "a") is not session_of(service, "c")
+        rows = [np.full((1, 4), value, np.float32) for value in range(50)]
+        asked = [service.submit(name, None, {"features": row}) for row in rows for name in ("a", "b")]
+        answers = await asyncio.gather(*asked)
+        assert [answer.reason for answer in answers] == ["ok"] * 100
+        assert [answer.failed[0] for answer in answers if answer.model == "a"] == [v > 2 for v in range(50)]
+        assert [answer.failed[0] for answer in answers if answer.model == "b"] == [v > 3 for v in range(50)]
+
+    asyncio.run(story())
+
+
+def test_a_new_release_with_other_rules_only_takes_no_second_session(tmp_path: Path) -> None:
+    async def story() -> None:
+        metrics = AgentMetrics(CollectorRegistry(), "test", "0")
+        service = Service(ServingConfig(), EngineConfig(), DriftConfig(enabled=False), metrics)
+        await service.start("a", tiny_bundle(tmp_path / "1", "a"))
+        kept = session_of(service, "a")
+        rules = "format: 1\ndefault: pass\nlimits: {f0: {high: 8}}\n"
+        prepared = await service.prepare(tiny_bundle(tmp_path / "2", "a", rules=rules))
+        service.swap(prepared)
+        assert session_of(service, "a") is kept
+        assert (await service.submit("a", None, {"features": ROW})).source == "model"
+
+    asyncio.run(story())
+
+
+def test_a_session_goes_with_the_last_who_has_it(tmp_path: Path) -> None:
+    async def story() -> None:
+        metrics = AgentMetrics(CollectorRegistry(), "test", "0")
+        service = Service(ServingConfig(), EngineConfig(), DriftConfig(enabled=False), metrics)
+        for name in ("a", "b"):
+            await service.start(name, tiny_bundle(tmp_path / name, name))
+        watched = weakref.ref(session_of(service, "a"))
+        service.unload("a")
+        assert (await service.submit("b", None, {"features": ROW})).source == "model"
+        assert watched() is not None
+        service.unload("b")
+        await until(lambda: watched() is None)
+
+    asyncio.run(story())
+
+
+def test_a_shared_model_counts_once_and_leaves_as_a_whole(tmp_path: Path) -> None:
+    async def story() -> None:
+        first = tiny_bundle(tmp_path / "a", "a", "1.0.1")
+        service = service_for(2, first)
+        await service.start("a", first)
+        await service.start("twin", tiny_bundle(tmp_path / "twin", "twin", "1.0.1"))
+        await service.start("b", tiny_bundle(tmp_path / "b", "b", "1.0.2"))
+        assert states(service) == "a:ready twin:ready b:ready"
+        for name in ("b", "twin", "a"):
+            await service.submit(name, None, {"features": ROW})
+        await service.start("c", tiny_bundle(tmp_path / "c", "c", "1.0.3"))
+        assert states(service) == "a:ready twin:ready b:unloaded c:ready"
+        for name in ("a", "c"):
+            await service.submit(name, None, {"features": ROW})
+        await service.submit("c", None, {"features": ROW})
+        await service.start("d", tiny_bundle(tmp_path / "d", "d", "1.0.4"))
+        assert states(service) == "a:unloaded twin:unloaded b:unloaded c:ready d:ready"
 
     asyncio.run(story())
