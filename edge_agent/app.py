@@ -357,6 +357,9 @@ class Agent:
                         "rows": (served := self._service.served(status.name)).rows,
                         "fallback_rows": served.fallback_rows,
                     },
+                    "split": split.as_dict()
+                    if (split := self._service.split_report(status.name)) is not None
+                    else None,
                     "alarms": dict(list(self._service.alarms(status.name).items())[:MOST_ALARMS]),
                 }
                 for status in statuses

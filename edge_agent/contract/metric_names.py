@@ -70,6 +70,12 @@ SERVING_GAP: Final = Metric(
     ("model",),
     "Longest time the engine was kept from answering during the last swap",
 )
+SPLIT_SHARE: Final = Metric(
+    "edge_split_share",
+    "gauge",
+    ("model", "version"),
+    "Share of the requests that a candidate answers beside the release; 0: it failed and answers none",
+)
 
 DRIFT_SCORE: Final = Metric(
     "edge_drift_score",

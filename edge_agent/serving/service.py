@@ -42,6 +42,7 @@ from edge_agent.serving.decision import Scores, fails, on_the_models_scale
 from edge_agent.serving.engine import Engine, Sessions
 from edge_agent.serving.history import History, Noted
 from edge_agent.serving.shadow import Shadow, ShadowReport
+from edge_agent.serving.split import Served, Split, SplitReport, why_not_beside
 from edge_agent.serving.tensors import Feeds, Tensor
 from edge_agent.telemetry.metrics import AgentMetrics, ReleaseMetrics
 
@@ -119,27 +120,6 @@ Then = Callable[[Answer | Exception], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """What a release has answered since it was swapped in.
-
-    Attributes:
-        rows: all of them.
-        fallback_rows: those answered by the rules, through a fault of the model.
-        non_finite_rows: of those, the ones where the model's result was not finite.
-        failed_rows: rows that the model decided fail.
-        latencies: requests by ``metric_names.LATENCY_BUCKETS``, not cumulated, those beyond it last.
-        scores: a sample of the model's scores by doublings of score / threshold (``_OCTAVES``).
-    """
-
-    rows: int
-    fallback_rows: int
-    non_finite_rows: int = 0
-    failed_rows: int = 0
-    latencies: tuple[int, ...] = ()
-    scores: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """What one model is doing, for people and for the repository index."""
 
@@ -190,6 +170,7 @@ class _Slot:
     scores: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * _OCTAVES + 1, np.int64))
     before: Served | None = None  # what the release before came to
     shadow: Shadow | None = None
+    split: Split[_Release] | None = None
     history: History | None = None  # where the rules need one
     asked: float = 0.0  # when it was asked last, and ...
     loaded: float = 0.0  # ... when its model came into memory: time.monotonic()
@@ -223,6 +204,7 @@ class Service:
         *,
         deadline: float | None = None,
         source: str = "",
+        key: str = "",
     ) -> asyncio.Future[Answer]:
         """``ask`` with a promise of the answer, for those who can wait in a coroutine.
 
@@ -239,7 +221,7 @@ class Service:
             else:
                 future.set_result(answer)
 
-        self.ask(model, version, inputs, settle, deadline=deadline, source=source)
+        self.ask(model, version, inputs, settle, deadline=deadline, source=source, key=key)
         return future
 
     def ask(
@@ -251,6 +233,7 @@ class Service:
         *,
         deadline: float | None = None,
         source: str = "",
+        key: str = "",
     ) -> None:
         """Accept a request and call ``then`` with its answer: at once if the rules give it, else later.
 
@@ -261,6 +244,7 @@ class Service:
             then: must not raise.
             deadline: seconds from now; None takes the configured default.
             source: what the rows come from in the order of time, a machine: each has alarms of its own.
+            key: what an A/B split keeps to the same release where there is no source.
 
         Raises:
             InvalidInput: the tensors do not fit the model.
@@ -274,15 +258,22 @@ class Service:
         limit = self._serving.deadline_ms / 1000 if deadline is None else deadline
         reason = choose(Facts(slot.state, slot.killed, now < slot.open_until, limit))
         noted = None
+        chosen = release
+        if slot.split is not None and slot.release is not None:
+            if version is None and slot.split.takes(source or key, feeds):
+                chosen = slot.split.release
+            release = (
+                slot.release
+            )  # its rules answer if need be, also where the candidate's version is wanted
         if reason != "ok":
             if slot.history is not None:
                 noted = slot.history.note(source, _rows(release.manifest, feeds, rows), now)
-            then(self._by_rules(slot, release, feeds, rows, reason, now, noted))
+            then(self._by_rules(slot, release, release, feeds, rows, reason, now, noted))
             if slot.made_room:
                 self._bring_back(slot)
             return
-        assert release.batcher is not None
-        waiting = release.batcher.pending_rows
+        assert chosen.batcher is not None
+        waiting = chosen.batcher.pending_rows
         if waiting and waiting + rows > self._serving.max_pending_rows:
             raise Overloaded(
                 f"{waiting} rows wait for model {slot.name!r}, the limit is "
@@ -291,9 +282,12 @@ class Service:
             )
         if slot.history is not None:
             noted = slot.history.note(source, _rows(release.manifest, feeds, rows), now)
-        release.batcher.add(
-            _Request(feeds, rows, now, now + limit, then=then, slot=slot, release=release, noted=noted)
-        )
+        chosen.batcher.add(
+            _Request(
+                feeds, rows, now, now + limit, then=then, slot=slot, release=chosen, noted=noted,
+                fallback=release,
+            )
+        )  # fmt: skip
 
     def manifest(self, model: str | None, version: str | None = None) -> Manifest:
         """The manifest of the release that answers.
@@ -403,6 +397,7 @@ class Service:
         """Let a prepared release answer from now on; requests in flight finish on the one before."""
         name = prepared.manifest.name
         slot = self._slot(name)
+        self.end_split(name)
         if slot.release is not None and slot.release.bundle.digest != prepared.bundle.digest:
             slot.before = self.served(name)
         before, slot.release = slot.release, prepared
@@ -486,8 +481,8 @@ class Service:
         """Let a prepared release see a share of the requests that the model answers, and answer none."""
         assert prepared.engine is not None
         slot = self._slot(prepared.manifest.name)
-        if slot.shadow is not None:
-            raise RuntimeError(f"model {slot.name}: there is a shadow already")
+        if slot.shadow is not None or slot.split is not None:
+            raise RuntimeError(f"model {slot.name}: there is a candidate already")
         slot.shadow = Shadow(prepared.manifest, prepared.engine, share)
 
     def shadow_report(self, name: str) -> ShadowReport:
@@ -501,6 +496,47 @@ class Service:
         shadow, slot.shadow = slot.shadow, None
         if shadow is not None:
             await shadow.stop()
+
+    def split(self, prepared: PreparedModel, share: float) -> None:
+        """Let a prepared release answer a sticky share of the requests; ``swap`` ends it.
+
+        Raises:
+            EngineError: it takes or gives something else than the release that it would stand beside.
+        """
+        slot = self._slot(prepared.manifest.name)
+        if slot.release is None or slot.split is not None or slot.shadow is not None:
+            raise RuntimeError(f"model {slot.name}: nothing to stand beside, or somebody does already")
+        if why := why_not_beside(slot.release.manifest, prepared.manifest):
+            raise EngineError(f"model {slot.name} {prepared.manifest.version} cannot answer a share: {why}")
+        slot.split = Split(
+            prepared,
+            str(prepared.manifest.version),
+            share,
+            prepared.bundle.digest.encode(),
+            self.served(slot.name),
+            tuple(prepared.metrics.latencies),
+            prepared.detector,
+        )
+        prepared.detector = None  # drift is judged on the rows of one release
+        self._metrics.split_share(slot.name, slot.split.version, share)
+        log.info("model %s: %s answers %.3g of the requests", slot.name, prepared.manifest.version, share)
+
+    def split_report(self, name: str) -> SplitReport | None:
+        """How a candidate and the release beside it do; None where there is no split."""
+        slot = self._slots.get(name)
+        if slot is None or slot.split is None:
+            return None
+        return slot.split.report(self.served(name), tuple(slot.split.release.metrics.latencies))
+
+    def end_split(self, name: str) -> SplitReport | None:
+        """Let the candidate answer nothing more; it is the caller's again, to ``swap`` or to forget."""
+        slot = self._slot(name)
+        report, split = self.split_report(name), slot.split
+        if split is not None:
+            slot.split = None
+            split.release.detector = split.kept
+            self._metrics.split_share(name, split.version, None)
+        return report
 
     def timings(self, name: str) -> Timings:
         """Where the time of what the current release computed went."""
@@ -598,6 +634,8 @@ class Service:
         if release is None:
             raise Unavailable(f"model {slot.name!r} is {slot.state}: {slot.reason or 'try again shortly'}")
         if version is not None and version != release.manifest.version:
+            if slot.split is not None and version == slot.split.version and not slot.split.ended:
+                return slot, slot.split.release
             raise UnknownModel(
                 f"model {slot.name!r} has no version {version[:80]!r} here, it is {release.manifest.version}"
             )
@@ -666,14 +704,25 @@ class Service:
             if slot.failures >= self._serving.breaker_failures:
                 # Half open after this time: one failure more opens it again, one success closes it.
                 slot.open_until = time.monotonic() + self._serving.breaker_seconds
+        elif (
+            (split := slot.split) is not None
+            and split.release is release
+            and split.fault(self._serving.breaker_failures)
+        ):
+            self._metrics.split_share(slot.name, split.version, 0.0)
+            log.warning(
+                "model %s: %s failed %d times in a row, it answers nothing more",
+                slot.name, split.version, split.failures,
+            )  # fmt: skip
 
     def _give_up(self, request: _Request, reason: str) -> None:
-        slot, release = request.slot, request.release
+        slot = request.slot
         request.told = True
         try:
             answer: Answer | Exception = self._by_rules(
-                slot, release, request.feeds, request.rows, reason, request.started, request.noted
-            )
+                slot, request.fallback, request.release, request.feeds, request.rows, reason,
+                request.started, request.noted,
+            )  # fmt: skip
         except Exception as error:
             log.exception("model %s: its rules failed", slot.name)
             answer = error
@@ -720,6 +769,8 @@ class Service:
             if slot.shadow is not None:
                 for request, answer in zip(requests, answers, strict=True):
                     slot.shadow.offer(request.feeds, request.rows, answer.failed, answer.seconds)
+        elif slot.split is not None and slot.split.release is release:
+            slot.split.answered(rows, failed_rows)
         release.metrics.all_answered("ok", rows, failed_rows, seconds)
         watched = release.detector is not None and decision is not None
         for request, answer in zip(requests, answers, strict=True):
@@ -732,12 +783,14 @@ class Service:
         self,
         slot: _Slot,
         release: _Release,
+        asked: _Release,
         feeds: Feeds,
         rows: int,
         reason: str,
         started: float,
         noted: Noted | None,
     ) -> Answer:
+        """Answer from the rules of ``release``; it counts as an answer of the one that was ``asked``."""
         manifest = release.manifest
         decision = manifest.decision
         outputs: dict[str, Tensor] = {}
@@ -755,13 +808,15 @@ class Service:
             shape = (rows, *(1 for _ in spec.shape[1:]))
             outputs[spec.name] = scores.astype(tensors.numpy_dtype(spec.datatype)).reshape(shape)
         seconds = time.monotonic() - started
-        release.metrics.answered(reason, rows, failed_rows, seconds)
-        if slot.release is release:
+        asked.metrics.answered(reason, rows, failed_rows, seconds)
+        if slot.release is asked:
             slot.rows += rows
             if reason in _FAULTS_OF_THE_MODEL:
                 slot.fallback_rows += rows
                 if reason == "non_finite":
                     slot.non_finite_rows += rows
+        elif slot.split is not None and slot.split.release is asked:
+            slot.split.fell_back(rows, reason)
         return Answer(
             manifest.name, manifest.version, release.bundle.digest, "fallback", reason,
             outputs, values, decision, seconds,
@@ -804,6 +859,7 @@ class _Request(Pending, eq=False, kw_only=True):
     then: Then
     slot: _Slot
     release: _Release
+    fallback: _Release  # whose rules answer if it cannot: the same, but for a candidate
     noted: Noted | None  # by the rules' history, where they have one
     told: bool = False
 

@@ -49,6 +49,7 @@ class AgentMetrics:
         self._model_state = self._gauge(names.MODEL_STATE)
         self._model_load = self._gauge(names.MODEL_LOAD_SECONDS)
         self._serving_gap = self._gauge(names.SERVING_GAP)
+        self._split_share = self._gauge(names.SPLIT_SHARE)
         self._drift_score = self._gauge(names.DRIFT_SCORE)
         self._drift_features = self._gauge(names.DRIFT_FEATURES)
         self._drift_rows = self._gauge(names.DRIFT_WINDOW_ROWS)
@@ -114,6 +115,13 @@ class AgentMetrics:
     def serving_gap(self, model: str, seconds: float) -> None:
         """The longest time the engine was kept from answering during the last swap."""
         self._serving_gap.labels(model).set(seconds)
+
+    def split_share(self, model: str, version: str, share: float | None) -> None:
+        """How much a candidate answers beside the release; None: it is gone."""
+        if share is None:
+            self._split_share.remove(model, version)
+        else:
+            self._split_share.labels(model, version).set(share)
 
     def drift(self, model: str, statistics: dict[str, float], drifting: int) -> None:
         """The verdict on a full window."""

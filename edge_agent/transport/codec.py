@@ -420,8 +420,11 @@ def _timeout(parameters: _Parameters) -> float | None:
 
 
 def _source(parameters: _Parameters) -> str:
-    """What the rows come from, where the request says so."""
-    value = parameters.get("source", "")
+    """What the rows come from, where the request says so; a sequence of Triton's is such a source."""
+    value = parameters.get("source")
+    if value is None:
+        sequence = parameters.get("sequence_id", 0)
+        return "" if sequence in (0, "") else str(sequence)[:MAX_ID]
     if not isinstance(value, str) or len(value) > MAX_ID:
         raise InvalidInput(
             f"parameters.source: expected a text of at most {MAX_ID} characters, got {str(value)[:80]!r}"

@@ -280,6 +280,7 @@ _SCHEMAS: Final[dict[str, _Schema]] = {
                 digest=_or_null(_text()),
                 state=_text(enum=list(MODEL_STATES)),
                 reason=_text(),
+                split=_or_null({"type": "object", "description": "how a candidate and the release do, A/B"}),
                 alarms={
                     "type": "object",
                     "description": "active alarms over time, by source",

@@ -278,7 +278,13 @@ class Routes:
         exchange.parts = []  # the tensors hold what is still needed of it
         then = functools.partial(self._answered, exchange, codec.encode_infer, request)
         self._service.ask(
-            route.model, route.version, request.inputs, then, deadline=request.deadline, source=request.source
+            route.model,
+            route.version,
+            request.inputs,
+            then,
+            deadline=request.deadline,
+            source=request.source,
+            key=request.id or "",
         )
 
     def _predict(self, exchange: Exchange, _: Route) -> None:
@@ -292,6 +298,7 @@ class Routes:
             then,
             deadline=request.deadline,
             source=request.source,
+            key=request.id or "",
         )
 
     def _answered(

@@ -89,3 +89,11 @@ def test_a_machine_that_is_no_short_text_is_refused(client: Client, source: obje
     answer = client.post("/predict", {"features": QUIET, "source": source})
     assert answer.status == 400
     assert answer.json["error"].startswith("source: ")
+
+
+def test_a_sequence_of_tritons_is_a_source(client: Client) -> None:
+    for sequence in (7, "seven"):
+        client.post(INFER, tensor(OVER, sequence_id=sequence, sequence_start=True, sequence_end=False))
+        assert decision(client, QUIET, source=str(sequence)) == "fail"
+    client.post(INFER, tensor(QUIET, sequence_id=0))
+    assert decision(client, QUIET) == "pass"
