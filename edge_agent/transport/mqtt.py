@@ -431,21 +431,27 @@ class MqttTransport:
         if not body:
             raise InvalidInput("payload: empty, expected a request")
         encode: _Encode
+        request: codec.InferRequest | codec.PredictRequest
         if topic == "predict":
-            predict = codec.decode_predict(body, self._service.manifest)
-            model, version, inputs, deadline = (
-                predict.model, predict.version, predict.inputs, predict.deadline,
-            )  # fmt: skip
+            request = predict = codec.decode_predict(body, self._service.manifest)
+            model, version = predict.model, predict.version
             encode = functools.partial(_encode_predict, predict)
         else:
             model, version = names_of(topic)
-            infer = codec.decode_infer(
+            request = infer = codec.decode_infer(
                 body, _header_length(message), lambda: self._service.manifest(model, version)
             )
-            inputs, deadline = infer.inputs, infer.deadline
             encode = functools.partial(_encode_infer, infer)
         then = functools.partial(self._answered, reply, encode)
-        self._service.ask(model, version, inputs, then, deadline=_soonest(deadline, message.expiry))
+        self._service.ask(
+            model,
+            version,
+            request.inputs,
+            then,
+            deadline=_soonest(request.deadline, message.expiry),
+            source=request.source,
+            key=request.id or "",
+        )
 
     def _too_long(self, message: Message) -> str | None:
         if message.length <= self._config.max_payload_bytes:

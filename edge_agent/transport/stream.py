@@ -101,23 +101,30 @@ class Stream:
 
     def _ask(self, message: Input, slot: _Slot) -> None:
         model, version = names_of(message.topic)
+        request: codec.InferRequest | codec.PredictRequest
         if message.json_size is not None or b'"inputs"' in message.body:
-            infer = codec.decode_infer(
+            request = infer = codec.decode_infer(
                 message.body, message.json_size, lambda: self._service.manifest(model, version)
             )
             encode: Callable[[Answer], codec.Body] = lambda answer: codec.encode_infer(answer, infer)  # noqa: E731
-            inputs, deadline = infer.inputs, infer.deadline
         else:
-            predict = codec.decode_predict(
+            request = predict = codec.decode_predict(
                 message.body, lambda _, wanted: self._service.manifest(model, wanted or version)
             )
             if predict.model not in (None, model):
                 raise InvalidInput(f"model: {predict.model!r} in the body, {model!r} in the topic")
             version = predict.version or version
             encode = lambda answer: codec.encode_predict(answer, predict)  # noqa: E731
-            inputs, deadline = predict.inputs, predict.deadline
         then = functools.partial(self._answered, slot, encode)
-        self._service.ask(model, version, inputs, then, deadline=deadline)
+        self._service.ask(
+            model,
+            version,
+            request.inputs,
+            then,
+            deadline=request.deadline,
+            source=request.source,
+            key=request.id or "",
+        )
 
     def _answered(
         self, slot: _Slot, encode: Callable[[Answer], codec.Body], answer: Answer | Exception

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from tests.support.bundles import tiny_bundle
+from tests.support.services import Mosquitto
 from tests.transport.agent import Agent, Client, running
+from tests.transport.test_inference_over_mqtt import PREDICT, connected
+from tests.transport.test_streams_over_mqtt import INPUT, OUTPUT
 
 LATCH = "format: 2\ndefault: pass\nrules: {over: {when: f3 > 8, latch: true}}\n"
 OVER, QUIET = [0, 0, 0, 9], [0, 0, 0, 0]
@@ -97,3 +100,18 @@ def test_a_sequence_of_tritons_is_a_source(client: Client) -> None:
         assert decision(client, QUIET, source=str(sequence)) == "fail"
     client.post(INFER, tensor(QUIET, sequence_id=0))
     assert decision(client, QUIET) == "pass"
+
+
+def test_requests_and_streams_over_mqtt_name_their_machine_alike(
+    agent: Agent, client: Client, mosquitto: Mosquitto, tmp_path: Path
+) -> None:
+    agent.subscribe(mosquitto.port, spool=tmp_path / "spool")
+    with connected(mosquitto, OUTPUT, "edge/line-1/predict/response") as peer:
+        peer.send(INPUT, {"features": OVER, "source": "a"})
+        peer.receive()
+        peer.send(INPUT, tensor(OVER, source="b"))
+        peer.receive()
+        for source, expected in (("a", b'"fail"'), ("b", b'"fail"'), ("c", b'"pass"')):
+            peer.send(PREDICT, {"features": QUIET, "source": source})
+            assert expected in peer.receive().payload
+    assert decision(client, QUIET, source="b") == "fail"
