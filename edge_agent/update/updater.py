@@ -684,6 +684,18 @@ class Updater:
         hold = await self._look_at_holds()
         return hold.as_dict() if hold else NOT_HELD
 
+    async def heed(self, message: bytes) -> dict[str, Any]:
+        """A message about holds came (``holds.Holds.heed``); returns the hold that is in force now.
+
+        Raises:
+            InvalidInput: it cannot be understood, or is too late.
+            StoreError: the disk refused.
+        """
+        said = await asyncio.to_thread(self._holds.heed, message, self._now())
+        logger.info("a message about updates: %s", f"hold, {said}" if said else "go on")
+        hold = await self._look_at_holds()
+        return hold.as_dict() if hold else NOT_HELD
+
     async def _look_at_holds(self) -> Hold | None:
         self._hold = await asyncio.to_thread(self._holds.in_force, self._now())
         return self._hold

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from edge_agent.config import WindowConfig
 from edge_agent.errors import InvalidInput
 from edge_agent.store.state import State
-from edge_agent.update.holds import FILE_NAME, Holds, closed
+from edge_agent.update.holds import APART, FILE_NAME, LONGEST, MESSAGE_FILE, Holds, closed
 from tests.update.devices import Device, Publisher
 
 NIGHT = WindowConfig(start="22:00", end="02:00", days=("fri",))
@@ -191,6 +193,110 @@ def test_what_a_person_does_by_hand_and_a_repair_do_not_wait(
         await device.updater.install(publisher.folder / "bundle-2")
         assert device.version() == "1.1.0"
         await device.updater.roll_back(None)
+        assert device.version() == "1.0.0"
+
+    asyncio.run(scenario())
+
+
+# By message
+
+
+NOW = FRIDAY.timestamp()
+
+
+def said(hours: float, reason: str = "batch 17") -> bytes:
+    until = (FRIDAY + datetime.timedelta(hours=hours)).isoformat()
+    return json.dumps({"until": until, "reason": reason}).encode()
+
+
+def test_a_message_holds_until_its_time_over_restarts_and_releases_only_what_messages_set(
+    tmp_path: Path,
+) -> None:
+    hold = Holds(tmp_path).heed(said(8), NOW)
+    assert hold == Holds(tmp_path).in_force(NOW + 1)
+    assert hold is not None
+    assert (hold.kind, hold.reason, hold.until) == ("mqtt", "batch 17", NOW + 8 * 3600)
+    assert Holds(tmp_path).in_force(NOW + 8 * 3600) is None
+    Holds(tmp_path).set(None, "by hand", NOW)
+    assert Holds(tmp_path).heed(b"", NOW + 60) is None
+    by_hand = Holds(tmp_path).in_force(NOW + 60)
+    assert by_hand is not None
+    assert by_hand.kind == "file"
+    Holds(tmp_path).release()
+    assert Holds(tmp_path).in_force(NOW + 60) is None
+
+
+@pytest.mark.parametrize("release", [b"", b" ", b"{}", b'{"until": null, "reason": "done"}'])
+def test_an_empty_message_or_one_without_a_time_releases(tmp_path: Path, release: bytes) -> None:
+    holds = Holds(tmp_path)
+    assert holds.heed(release, NOW) is None, "also where nothing is held"
+    holds.heed(said(8), NOW)
+    assert holds.heed(release, NOW + 60) is None
+    assert holds.in_force(NOW + 60) is None
+
+
+def test_whoever_publishes_without_end_holds_a_day_and_then_leaves_an_hour(tmp_path: Path) -> None:
+    holds = Holds(tmp_path)
+    held = []
+    for hour in range(60):
+        now = NOW + hour * 3600
+        with contextlib.suppress(InvalidInput):
+            holds.heed(said(10_000), now)
+        if hour % 5 == 0:
+            holds.heed(b"", now + 1)  # a release in between begins no new day
+        with contextlib.suppress(InvalidInput):
+            holds.heed(said(10_000), now + 2)
+        held.append(holds.in_force(now + 1800) is not None)
+    assert LONGEST == 24 * APART
+    assert held == [True] * 24 + [False] + [True] * 24 + [False] + [True] * 10
+
+
+def test_a_longer_hold_is_made_shorter_and_says_so(tmp_path: Path) -> None:
+    hold = Holds(tmp_path).heed(said(10_000), NOW)
+    assert hold is not None
+    assert hold.until == NOW + LONGEST
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"hold", b"[]", b'"x"', b'{"until": 7}', b'{"until": "soon"}', b'{"until": "99999-01-01"}',
+        said(-1), b"\xff", b"[" * 5000, b'{"until": "2026-11-20T08:00:00+00:00", "reason": 5}',
+    ],
+)  # fmt: skip
+def test_a_message_that_is_none_is_refused_and_changes_nothing(tmp_path: Path, message: bytes) -> None:
+    with pytest.raises(InvalidInput):
+        Holds(tmp_path).heed(message, NOW)
+    assert not (tmp_path / MESSAGE_FILE).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\n\n\n", b"2030-01-01\nwhy\nnever\n", b"\xff" * 100])
+def test_a_damaged_message_file_holds_nothing(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / MESSAGE_FILE).write_bytes(content)
+    assert Holds(tmp_path).in_force(NOW) is None
+    assert Holds(tmp_path).heed(said(8), NOW) is not None
+
+
+def test_a_clock_that_was_set_back_does_not_make_a_hold_longer(tmp_path: Path) -> None:
+    holds = Holds(tmp_path)
+    holds.heed(said(8), NOW)
+    assert holds.in_force(NOW - 7 * 24 * 3600) is None
+
+
+def test_an_update_waits_for_a_message_and_goes_on_after_another(
+    device: Device, publisher: Publisher
+) -> None:
+    async def scenario() -> None:
+        until = datetime.datetime.fromtimestamp(device.clock.now() + 600, datetime.UTC).isoformat()
+        shown = await device.updater.heed(json.dumps({"until": until, "reason": "line 3"}).encode())
+        assert (shown["held"], shown["kind"], shown["reason"]) == (True, "mqtt", "line 3")
+        publisher.assign(publisher.publish("1.0.0"))
+        outcome = await device.updater.run_once()
+        assert (outcome.state, outcome.reason, device.version()) == (State.HELD, "mqtt", None)
+        await device.restart()
+        assert (await device.updater.run_once()).reason == "mqtt"
+        assert (await device.updater.heed(b""))["held"] is False
+        await device.follow()
         assert device.version() == "1.0.0"
 
     asyncio.run(scenario())
