@@ -31,6 +31,8 @@ from quantize.load import Rows
 from quantize.prepare import PreparedModel
 
 GOLDEN_ROWS: Final = 16
+_GOLDEN_BYTES: Final = 1 << 20  # of their inputs: a device keeps them as long as the model
+_FEWEST_ROWS: Final = 2
 _HOLES: Final = 3  # golden rows with missing values
 _FAR: Final = 3  # golden rows far outside
 # Other CPUs round other last bits. Float graphs: sums in another order, 3e-7 of the range measured between
@@ -109,20 +111,22 @@ class Vectors:
     spread: float  # largest difference, in units of what the tolerance allows: below 1
 
 
-def golden_of(model: PreparedModel, int8: Int8Model, calibration: Rows, impute: Impute) -> Vectors:
+def golden_of(
+    model: PreparedModel, int8: Int8Model, calibration: Rows, impute: Impute, batch: int
+) -> Vectors:
     """Inputs from the calibration rows, some with missing values, some far outside, and what comes out.
 
     Exact where the graph is INT8 from end to end and its ARM64 form gives the same bits here. Else the
     tolerance is what CPUs are known to differ by, or three times what differs on this machine between
-    an unfused float graph, the fused one and the one ARM runs, whichever is more.
+    an unfused float graph, the fused one and the one ARM runs, whichever is more. ``batch`` rows are run at
+    a time; a device runs one.
     """
     inputs = _golden_inputs(model, calibration, impute)
-    outputs = runtime.run_all(runtime.open_session(int8.path), inputs, model.batch)
+    outputs = runtime.run_all(runtime.open_session(int8.path), inputs, batch)
     others = [
-        runtime.run_all(runtime.open_session(int8.path, settings=settings, level=level), inputs, model.batch)
+        runtime.run_all(runtime.open_session(int8.path, settings=settings, level=level), inputs, batch)
         for settings, level in (
             (None, runtime.OptimizationLevel.ORT_DISABLE_ALL),
-            (None, runtime.OptimizationLevel.ORT_ENABLE_BASIC),
             (runtime.ARM_GRAPH, runtime.OptimizationLevel.ORT_ENABLE_ALL),
         )
     ]
@@ -160,7 +164,9 @@ def _pure(int8: Int8Model, inputs: Mapping[str, np.ndarray], fixed_batch: int | 
 
 
 def _golden_inputs(model: PreparedModel, calibration: Rows, impute: Impute) -> dict[str, np.ndarray]:
-    count = model.fixed_batch or min(GOLDEN_ROWS, len(calibration))
+    row = sum(np.asarray(values[0]).nbytes for values in calibration.inputs.values())
+    most = int(np.clip(_GOLDEN_BYTES // max(row, 1), _FEWEST_ROWS, GOLDEN_ROWS))
+    count = model.fixed_batch or min(most, len(calibration))
     index = np.linspace(0, len(calibration) - 1, count).round().astype(int)
     chosen = {name: values[index] for name, values in calibration.inputs.items()}
     inputs = {name: values.copy() for name, values in next(runtime.batches(chosen, count)).items()}

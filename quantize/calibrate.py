@@ -27,7 +27,7 @@ _KEPT_BITS: Final = 13
 _BINS: Final = 1 << _KEPT_BITS
 _STEPS: Final = 255
 _SAMPLED: Final = 1 << 16  # elements of a batch that enter a histogram; lows and highs see all
-_BATCH_BYTES: Final = 48e6  # of watched tensors at a time
+_BATCH_BYTES: Final = 20e6  # of watched tensors in a batch; three are alive at a time
 _SHRUNK: Final = np.concatenate([np.linspace(1.0, 0.5, 11), np.geomspace(0.45, 0.05, 9)])
 
 

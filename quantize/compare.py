@@ -5,6 +5,7 @@ SQNR is ``10 log10(power of the reference / power of the difference)`` in dB; 20
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -25,7 +26,13 @@ def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
     signal, noise = reference.astype(np.float64), other.astype(np.float64)
     if not np.isfinite(noise).all():
         return -IDENTICAL
-    power, difference = float(np.sum(signal**2)), float(np.sum((signal - noise) ** 2))
+    return decibels(float(np.sum(signal**2)), float(np.sum((signal - noise) ** 2)))
+
+
+def decibels(power: float, difference: float) -> float:
+    """The ratio of two powers; IDENTICAL where there is no difference, -IDENTICAL where it is not finite."""
+    if not math.isfinite(difference):
+        return -IDENTICAL
     if difference == 0.0:
         return IDENTICAL
     return float(np.clip(10 * np.log10(max(power, 1e-300) / difference), -IDENTICAL, IDENTICAL))

@@ -49,6 +49,8 @@ TARGETS: Final[Mapping[str, Target]] = {
 }
 GENERIC: Final = "generic-arm64"
 
+_BATCH_BYTES: Final = 64e6  # of all activations of a batch
+
 _FREE: Final = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Constant", "Shape")
 _FLOAT_KERNELS: Final = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
 _INT8_KERNELS: Final = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger")
@@ -75,6 +77,10 @@ class Sizes:
         """Of all float activations together."""
         return 4 * sum(self.elements.values())
 
+    def batch(self, most: int) -> int:
+        """As many rows at a time as memory allows, at most ``most``, at least one."""
+        return int(np.clip(_BATCH_BYTES / max(self.bytes, 1), 1, most))
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -86,24 +92,25 @@ class Cost:
 
 def sizes_of(model: PreparedModel, rows: Rows) -> Sizes:
     """Run one row and look."""
+    count = model.fixed_batch or 1
+    return sizes_of_feeds(model.proto, next(runtime.batches(rows.take(np.arange(count)).inputs, count)))
+
+
+def sizes_of_feeds(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> Sizes:
+    """Run these feeds and look."""
     watched = onnx.ModelProto()
-    watched.CopyFrom(model.proto)
+    watched.CopyFrom(proto)
     known = {value.name for value in watched.graph.output}
     for node in watched.graph.node:
         for name in node.output:
             if name and name not in known:
                 known.add(name)
                 watched.graph.output.append(onnx.ValueInfoProto(name=name))
-    count = model.fixed_batch or 1
-    first = rows.take(np.arange(count)).inputs
     session = runtime.open_session(watched, level=runtime.OptimizationLevel.ORT_DISABLE_ALL)
-    elements = {
-        name: int(np.size(values)) for name, values in next(runtime.stream(session, first, count)).items()
-    }
-    for name, values in first.items():  # rows of different lengths are an array of arrays
-        elements[name] = sum(int(row.size) for row in values) if values.dtype == object else int(values.size)
-    weights = {tensor.name: tuple(tensor.dims) for tensor in model.proto.graph.initializer}
-    macs = sum(_macs(node, elements, weights)[0] for node in model.proto.graph.node)
+    elements = {name: int(np.size(values)) for name, values in runtime.run(session, feeds).items()}
+    elements |= {name: int(values.size) for name, values in feeds.items()}
+    weights = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    macs = sum(_macs(node, elements, weights)[0] for node in proto.graph.node)
     return Sizes(elements, macs)
 
 

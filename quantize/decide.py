@@ -90,7 +90,7 @@ def _least_cost(held_out: Scored, cost: tuple[float, float] | None) -> float:
 
 
 def spread_of(scores: np.ndarray, labels: np.ndarray | None, threshold: float) -> float:
-    """The width of the logistic, in units of the score.
+    """The width of the logistic, in units of the score, from rows for choosing.
 
     With labels it is the width under which held-out labels are most likely (logistic regression through the
     threshold); without, the scaled median distance from the threshold, so that a typical good row is passed

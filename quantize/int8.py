@@ -42,7 +42,7 @@ _FEWEST_SCALES: Final = 1e-12  # a scale below this is a channel of nothing but 
 _INT32_ROOM: Final = float(2**30)  # half of int32: the accumulator needs the other half
 _TAKEN_FOR_INT8: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _SMALLEST_TABLE: Final = 1 << 14  # numbers; smaller ones are not worth two more nodes
-_MICROSOFT: Final = "com.microsoft"
+MICROSOFT: Final = "com.microsoft"
 
 
 class Mode(StrEnum):
@@ -134,7 +134,7 @@ class Recipe:
 
 def plan_of(proto: onnx.ModelProto) -> Plan:
     """Find the layers that can run in INT8 and the tensors whose range that may take."""
-    wiring = _Wiring(proto.graph)
+    wiring = Wiring(proto.graph)
     layers = tuple(
         layer
         for position, node in enumerate(proto.graph.node)
@@ -154,7 +154,7 @@ def plan_of(proto: onnx.ModelProto) -> Plan:
     return Plan(layers, tuple(sorted(watched - set(wiring.weights))), wiring.bounds())
 
 
-class _Wiring:
+class Wiring:
     """Who makes and who reads the tensors of one graph."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
@@ -233,7 +233,7 @@ def _read_inside(node: onnx.NodeProto) -> set[str]:
     return names
 
 
-def _layer_of(position: int, node: onnx.NodeProto, wiring: _Wiring) -> Layer | None:
+def _layer_of(position: int, node: onnx.NodeProto, wiring: Wiring) -> Layer | None:
     weights = wiring.weights
     if node.op_type == "Gather":
         if not _is_table(node, weights):
@@ -362,13 +362,19 @@ def write_int8(proto: onnx.ModelProto, plan: Plan, recipe: Recipe) -> onnx.Model
     """The INT8 form of ``proto``; ``proto`` itself is left as it is."""
     result = onnx.ModelProto()
     result.CopyFrom(proto)
-    writer = _Writer(result.graph, plan, recipe)
-    writer.write()
-    drop_unused(result.graph)
-    if writer.microsoft and not any(entry.domain == _MICROSOFT for entry in result.opset_import):
-        result.opset_import.append(helper.make_opsetid(_MICROSOFT, 1))
+    microsoft = write_graph(result.graph, plan, recipe)
+    if microsoft and not any(entry.domain == MICROSOFT for entry in result.opset_import):
+        result.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     onnx.checker.check_model(result)
     return result
+
+
+def write_graph(graph: onnx.GraphProto, plan: Plan, recipe: Recipe) -> bool:
+    """Give ``graph`` its INT8 form in place; returns whether it uses operators of ``MICROSOFT``."""
+    writer = _Writer(graph, plan, recipe)
+    writer.write()
+    drop_unused(graph)
+    return writer.microsoft
 
 
 class _Writer:
@@ -376,7 +382,7 @@ class _Writer:
 
     def __init__(self, graph: onnx.GraphProto, plan: Plan, recipe: Recipe) -> None:
         self._graph, self._plan, self._recipe = graph, plan, recipe
-        self._wiring = _Wiring(graph)
+        self._wiring = Wiring(graph)
         int8 = [layer for layer in plan.layers if recipe.modes.get(layer.node) is Mode.STATIC]
         self._static = {layer.node: layer for layer in int8 if layer.kind != "Gather"}
         self._tables = {layer.node: layer for layer in int8 if layer.kind == "Gather"}
@@ -638,7 +644,7 @@ class _Writer:
             *([name] if name else []),
         ]
         return helper.make_node(
-            "DynamicQuantizeMatMul", inputs, list(node.output), node.name, domain=_MICROSOFT
+            "DynamicQuantizeMatMul", inputs, list(node.output), node.name, domain=MICROSOFT
         )
 
     def _dynamic_lstm(self, node: onnx.NodeProto) -> onnx.NodeProto:
@@ -654,7 +660,7 @@ class _Writer:
             scales.append(self._constant(f"{name}_scale", scale))
             scales.append(self._constant(f"{name}_zero_point", np.zeros_like(scale, np.int8)))
         made = helper.make_node(
-            "DynamicQuantizeLSTM", [*inputs, *scales], list(node.output), node.name, domain=_MICROSOFT
+            "DynamicQuantizeLSTM", [*inputs, *scales], list(node.output), node.name, domain=MICROSOFT
         )
         made.attribute.extend(item for item in node.attribute if item.name != "layout")
         return made

@@ -34,7 +34,7 @@ _HALF_PROOF: Final = 40.0  # dB
 _DOUBLE_PROOF: Final = 90.0  # dB
 _PROOF_ROWS: Final = 16
 _FEWEST_PROOF_ROWS: Final = 4
-_PROOF_NUMBERS: Final = 200_000  # in all rows of the proof: images take their time
+_PROOF_NUMBERS: Final = 100_000  # in all rows of the proof: images take their time
 # A sigmoid that is nearly 0 everywhere is nothing but rounding; of its scale of 1 this is signal enough.
 _BOUNDED: Final = ("Sigmoid", "Softmax", "HardSigmoid")
 _BOUNDED_SIGNAL: Final = 1e-3

@@ -90,7 +90,7 @@ def build(config: QuantizeConfig, log: StepLog) -> BuiltBundle:
         with log.step("prepare"):
             model = prepare(source, calibration, config.prepare)
             sizes = sizes_of(model, calibration)
-            judge = Judge(model, parts, config.threshold, sizes)
+            judge = Judge(model, parts, config.threshold, sizes, fast=config.fast)
             check_metric(config.budget, model, parts)
         with log.step("prune"):
             pruned = unpruned(model)
@@ -151,9 +151,9 @@ def _members(
 
     spread, rules = None, None
     if model.score is not None and verdict.threshold is not None and scores is not None:
-        judged = judge.judge(int8.path, parts.judgement)
-        labels = model.trim(parts.judgement).labels
-        spread = decide.spread_of(judged.outputs[model.score], labels, verdict.threshold)
+        held_out = judge.judge(int8.path, parts.selection).outputs[model.score]
+        labels = model.trim(parts.selection).labels
+        spread = decide.spread_of(held_out, labels, verdict.threshold)
         rules = _fallback(model, int8, verdict.threshold, scores, judge, parts)
     if rules is not None:
         files[bundles.RULES] = rules.rules.to_yaml().encode()
@@ -161,9 +161,11 @@ def _members(
     if features is not None:
         rows = model.trim(parts.calibration).inputs[model.inputs[0].name]
         files[baseline.FILE_NAME] = baseline.encode(baseline_of(rows, features, scores))
-    vectors = bundling.golden_of(model, int8, parts.calibration, config.prepare.impute)
+    vectors = bundling.golden_of(model, int8, parts.calibration, config.prepare.impute, judge.batch)
     files[golden.FILE_NAME] = golden.encode(vectors.golden)
-    facts = report.member(config, source, model, int8, parts, verdict, spread, rules, vectors, pruned)
+    facts = report.member(
+        config, source, model, int8, parts, verdict, spread, rules, vectors, pruned, judge.batch
+    )
     files[bundles.REPORT] = wire.to_json(facts)
 
     decision = None

@@ -36,6 +36,7 @@ PROBABILITIES: Final = "probabilities"
 CLASS: Final = "class"
 _RECONSTRUCTION: Final = (Score.MSE, Score.MAE, Score.WEIGHTED)
 _CLASSES: Final = (Score.SOFTMAX, Score.ARGMAX)
+_FEW: Final = 4
 _PROBED: Final = 256  # rows that show whether an output holds probabilities
 _EXACT_ENOUGH: Final = 1e-3  # probabilities sum to one within this
 _FLOOR: Final = 0.05  # of the median error: a feature that is always right does not decide the weighted score
@@ -99,7 +100,8 @@ def prepare(model: FloatModel, calibration: Rows, config: PrepareConfig) -> Prep
         )
 
     classes = config.fail_class is not None or config.score in _CLASSES
-    finder = _Finder(proto, calibration, filled, normal.fixed_batch or runtime.BATCH)
+    batch = runtime.BATCH if steps is not None else _FEW  # an image takes more memory than a table's row
+    finder = _Finder(proto, calibration, filled, normal.fixed_batch or batch)
     # What the score takes is found on the model alone, before the input's numbers are the raw ones.
     score = _classes(proto, finder, config) if classes else _score(proto, only, finder, config.score)
     if steps is not None and only is not None:

@@ -63,7 +63,8 @@ def member(
     spread: float | None,
     fallback: Fallback | None,
     vectors: Vectors,
-    pruned: Pruned | None = None,
+    pruned: Pruned,
+    batch: int,
 ) -> dict[str, Any]:
     """``report.json``: every figure but times."""
     inputs = model.trim(parts.judgement).inputs
@@ -100,12 +101,12 @@ def member(
             "candidates": int8.candidates,
             "predicted_seconds": int8.predicted_seconds,
             "predicted_seconds_fp32": int8.predicted_seconds_fp32,
-            "layer_facts": _layer_facts(int8, inputs),
+            "layer_facts": _layer_facts(int8, inputs, batch),
             "kernels_on_arm64": verdict.kernels,
             "dense_or_conv_left_float": verdict.left_float,
         },
         "arm": _arm(config.target, arm),
-        "pruning": None if pruned is None or not pruned.curve else _pruning(pruned),
+        "pruning": None if not pruned.curve else _pruning(pruned),
         "comparison": verdict.comparison,
         "scores": _scores(model, int8, parts, verdict),
         "decision": None
@@ -141,11 +142,11 @@ def member(
     }
 
 
-def _layer_facts(int8: Int8Model, inputs: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def _layer_facts(int8: Int8Model, inputs: Mapping[str, np.ndarray], batch: int) -> list[dict[str, Any]]:
     """What became of each layer, and how far its output is off in the written file."""
     errors: dict[str, float] = {}
     if int8.precision == "int8":
-        errors = verify.layer_errors(int8.graph, onnx.load(int8.path), inputs)
+        errors = verify.layer_errors(int8.graph, onnx.load(int8.path), inputs, batch)
     outputs = {layer.name: int8.graph.graph.node[layer.node].output[0] for layer in int8.plan.layers}
     return [
         {

@@ -1,4 +1,4 @@
-"""onnxruntime as quantize uses it: the package's only import of it, one thread, no telemetry.
+"""onnxruntime as quantize uses it: the package's only import of it, one thread a run, no telemetry.
 
 One thread and a fixed graph give the same bits on the same machine, which the reproducible digest needs.
 """
@@ -6,8 +6,11 @@ One thread and a fixed graph give the same bits on the same machine, which the r
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -22,6 +25,7 @@ from quantize.errors import BadModel
 
 VERSION: Final[str] = onnxruntime.__version__
 BATCH: Final = 64  # rows at a time: memory stays independent of the amount of data
+THREADS: Final = min(2, os.cpu_count() or 1)  # of this process: memory grows with every batch that runs
 _SILENT: Final = 4  # what fails is raised; some things are tried to see whether they fail
 
 # What makes an x86 build run the graph that ARM will run: S8S8 QDQ fuses there by default, here on demand.
@@ -129,9 +133,24 @@ def batches(inputs: Mapping[str, np.ndarray], batch: int = BATCH) -> Iterator[di
 def stream(
     session: Session, inputs: Mapping[str, np.ndarray], batch: int = BATCH
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Run all rows, ``batch`` at a time; yields the outputs of each batch."""
-    for feeds in batches(inputs, batch):
-        yield run(session, feeds)
+    """Run all rows, ``batch`` at a time; yields the outputs of each batch, in order.
+
+    Two batches run at a time, each on one thread: which core computes a batch does not change its bits.
+    """
+    feeds = batches(inputs, batch)
+    ahead = list(itertools.islice(feeds, THREADS))
+    if len(ahead) < 2:
+        yield from (run(session, one) for one in ahead)
+        return
+    threads = ThreadPoolExecutor(THREADS)
+    try:
+        waiting = deque(threads.submit(run, session, one) for one in ahead)
+        while waiting:
+            found = waiting.popleft().result()
+            waiting.extend(threads.submit(run, session, one) for one in itertools.islice(feeds, 1))
+            yield found
+    finally:
+        threads.shutdown(cancel_futures=True)  # Ctrl-C waits for the batches that run, not for all
 
 
 def run_all(session: Session, inputs: Mapping[str, np.ndarray], batch: int = BATCH) -> dict[str, np.ndarray]:

@@ -19,18 +19,18 @@ The idea, in order:
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
 from quantize import cost, runtime
+from quantize.alone import open_alone
 from quantize.calibrate import RULES, Calibration, Range, calibrate, ranges_by, ranges_each
 from quantize.compare import Comparison
 from quantize.config import Budget
@@ -71,10 +71,14 @@ _RANGE_MACS: Final = 400e9  # multiply-accumulates of the pass that finds ranges
 _GRAM_ROWS: Final = 1024
 
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+
 class Judging(Protocol):
     """What the search asks: how far a file or graph is from the reference."""
 
-    def probe(self, source: onnx.ModelProto) -> Comparison:
+    def probe(self, source: onnx.ModelProto | runtime.Session) -> Comparison:
         """On the fewest rows: for the sensitivity of one layer."""
 
     def few(self, source: Path) -> Comparison:
@@ -82,6 +86,9 @@ class Judging(Protocol):
 
     def selection(self, source: Path) -> Comparison:
         """On all rows for choosing."""
+
+    def itself(self) -> Comparison:
+        """The reference beside itself: whether it is finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,7 @@ def observe(
 ) -> Observed:
     """Find ranges and channels on ``ranges`` and look at the same tensors on ``selection``."""
     plan = plan_of(model.proto)
-    most = _RANGE_MACS / (8 if fast else 1)
+    most = _RANGE_MACS / (40 if fast else 1)
     ranges, selection = (_drawn(rows, sizes, most) for rows in (ranges, selection))
     axes = {} if fast else channel_axes(model.proto, plan)
     found = calibrate(model, plan.watched, ranges, axes=axes)
@@ -205,23 +212,45 @@ class _Search:
 
     def attempt(self, name: str, recipe: Recipe, graph: onnx.ModelProto) -> _Trial | None:
         """Write, load and run one; None if that fails."""
-        again = sum(known == name or known.startswith(f"{name} (") for known in self._candidates)
-        name = f"{name} ({again + 1})" if again else name
-        path = self._folder / f"candidate{len(self._candidates)}.onnx"
-        try:
-            onnx.save(write_int8(graph, self._plan, recipe), path)
-            size, comparison = path.stat().st_size, self._judge.few(path)
-        except OSError:
-            raise
-        except Exception as error:  # of onnx or onnxruntime: this candidate is not one, the next is tried
-            self._candidates[name] = Candidate(name=name, problem=runtime.one_line(error))
+        return self.attempts([(name, recipe, graph)])[0]
+
+    def attempts(self, wanted: Sequence[tuple[str, Recipe, onnx.ModelProto]]) -> list[_Trial | None]:
+        """Write, load and run several; None for those that fail."""
+        named: list[tuple[str, Path]] = []
+        for name, _, _ in wanted:
+            again = sum(known == name or known.startswith(f"{name} (") for known in self._candidates)
+            unique = f"{name} ({again + 1})" if again else name
+            named.append((unique, self._folder / f"candidate{len(self._candidates)}.onnx"))
+            self._candidates[unique] = Candidate(name=unique)  # keeps its place and its name
+
+        def made(index: int) -> Comparison | str:
+            (_, recipe, graph), (_, path) = wanted[index], named[index]
+            try:
+                onnx.save(write_int8(graph, self._plan, recipe), path)
+                return self._judge.few(path)
+            except OSError:
+                raise
+            except Exception as error:  # of onnx or onnxruntime: this candidate is not one, others may be
+                return runtime.one_line(error)
+
+        found = in_threads(made, range(len(wanted)))
+        return [
+            self._tried(name, path, recipe, graph, result)
+            for (name, path), (_, recipe, graph), result in zip(named, wanted, found, strict=True)
+        ]
+
+    def _tried(
+        self, name: str, path: Path, recipe: Recipe, graph: onnx.ModelProto, found: Comparison | str
+    ) -> _Trial | None:
+        if isinstance(found, str):
+            self._candidates[name] = Candidate(name=name, problem=found)
             path.unlink(missing_ok=True)
             return None
-        trial = _Trial(name, recipe, graph, path, size, comparison)
-        if size >= self._float_size:
-            trial.problem = f"not smaller than FP32 ({size} of {self._float_size} bytes)"
-        elif not comparison.inside(self._budget):
-            trial.problem = f"outside the budget: {comparison.verdict()}"
+        trial = _Trial(name, recipe, graph, path, path.stat().st_size, found)
+        if trial.size >= self._float_size:
+            trial.problem = f"not smaller than FP32 ({trial.size} of {self._float_size} bytes)"
+        elif not found.inside(self._budget):
+            trial.problem = f"outside the budget: {found.verdict()}"
         self._trials.append(trial)
         self._note(trial)
         return trial
@@ -245,18 +274,25 @@ class _Search:
 
     def best_ranges(self) -> _Trial | None:
         """All layers INT8 with each way to choose ranges; the closest."""
-        found, tried = self._observed.ranges, []
+        found = self._observed.ranges
         if not any(Mode.STATIC in layer.modes for layer in self._plan.layers):
             return None
         rules: dict[str, Mapping[str, Range]] = {
             rule: ranges_by(rule, found) for rule in (_FAST_RULES if self._fast else RULES)
         }
         rules[_EACH] = ranges_each(found, self._observed.held_out)
-        for rule, ranges in rules.items():
-            recipe = static_recipe(self._plan, ranges)
-            if trial := self.attempt(f"static int8, per channel, ranges {rule}", recipe, self._model.proto):
-                tried.append(trial)
-        best = max(tried, key=_closeness, default=None)  # max() takes the first of equals
+        tried = self.attempts(
+            [
+                (
+                    f"static int8, per channel, ranges {rule}",
+                    static_recipe(self._plan, ranges),
+                    self._model.proto,
+                )
+                for rule, ranges in rules.items()
+            ]
+        )
+        # max() takes the first of equals
+        best = max((trial for trial in tried if trial is not None), key=_closeness, default=None)
         self._drop_files([best] if best else [])
         return best
 
@@ -354,9 +390,11 @@ class _Search:
                 low = middle
         if inside is None:
             return
-        expected = [self._expected(steps, dB) for dB in (0.0, *_STRICTER)]
-        for more in expected[1:]:
-            self._raised(best, steps[: min(len(used) + max(more - expected[0], 1), len(steps))])
+        stricter = _STRICTER[1:] if self._fast else _STRICTER
+        expected = [self._expected(steps, dB) for dB in (0.0, *stricter)]
+        counts = (len(used) + max(more - expected[0], 1) for more in expected[1:])
+        for count in dict.fromkeys(min(count, len(steps)) for count in counts):
+            self._raised(best, steps[:count])
         if not self._fast:
             self._put_back(best, used)
 
@@ -369,22 +407,25 @@ class _Search:
             if (layer.node, mode) not in self._alone
         ]
         nothing = {layer.node: Mode.FLOAT for layer in self._plan.layers}
+        try:
+            together = open_alone(best.graph, self._plan, best.recipe)
+        except Exception:  # whatever onnx or onnxruntime raises: one of them does not load, which one?
+            together = None
 
         def noise(one: tuple[Layer, Mode]) -> float:
             layer, mode = one
-            recipe = replace(best.recipe, modes={**nothing, layer.node: mode})
             try:
-                found = self._judge.probe(write_int8(best.graph, self._plan, recipe))
+                if together is not None:
+                    found = self._judge.probe(together.switched(one))
+                else:
+                    recipe = replace(best.recipe, modes={**nothing, layer.node: mode})
+                    found = self._judge.probe(write_int8(best.graph, self._plan, recipe))
             except Exception:  # whatever onnx or onnxruntime raises: this layer stays float
                 return math.inf
             return float(10 ** (-found.sqnr / 10))
 
-        threads = ThreadPoolExecutor(min(2, os.cpu_count() or 1))
-        try:
-            for (layer, mode), power in zip(wanted, threads.map(noise, wanted), strict=True):
-                self._alone[layer.node, mode] = power
-        finally:
-            threads.shutdown(cancel_futures=True)  # Ctrl-C waits for two of them, not for all
+        for (layer, mode), power in zip(wanted, in_threads(noise, wanted), strict=True):
+            self._alone[layer.node, mode] = power
 
     def _steps(self, best: _Trial) -> list[tuple[Layer, Mode, float]]:
         """Layers to raise with the form they get and the noise that takes away, worst bargain first."""
@@ -477,7 +518,7 @@ class _Search:
             else:
                 chosen.append(trial)
             self._note(trial)
-        comparison = self._judge.selection(self._float_path)
+        comparison = self._judge.itself()
         if comparison.sqnr < 0:
             raise BadModel("the FP32 model itself gives outputs that are not finite on the calibration rows")
         if not chosen:
@@ -545,6 +586,15 @@ class _Search:
                 )
             )
         return tuple(facts)
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """``work`` of every item, in order, on as many threads as there are cores to spare."""
+    threads = ThreadPoolExecutor(runtime.THREADS)
+    try:
+        return list(threads.map(work, items))
+    finally:
+        threads.shutdown(cancel_futures=True)  # Ctrl-C waits for what runs, not for all
 
 
 def _closeness(trial: _Trial) -> float:

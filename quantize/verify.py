@@ -5,6 +5,7 @@ Invariant: nothing here looks at what the other steps hold in memory.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ from quantize.target import ArmGraph
 
 _SCRIPT: Final = Path(__file__).with_name("run_golden.py")
 _SECONDS: Final = 300.0  # an emulated CPU is a hundred times slower
-_LAYER_ROWS: Final = 64
+_LAYER_BATCHES: Final = 4
 _FUSED: Final = "fused graph"
 
 
@@ -186,7 +187,10 @@ def _numpy(entry: Array) -> np.ndarray:
 
 
 def layer_errors(
-    reference: onnx.ModelProto, quantized: onnx.ModelProto, inputs: Mapping[str, np.ndarray]
+    reference: onnx.ModelProto,
+    quantized: onnx.ModelProto,
+    inputs: Mapping[str, np.ndarray],
+    batch: int = runtime.BATCH,
 ) -> dict[str, float]:
     """SQNR in dB of every float tensor that both graphs name alike and that a layer of either makes.
 
@@ -195,7 +199,8 @@ def layer_errors(
     Args:
         reference: the FP32 graph (pruned, if it was).
         quantized: what was written.
-        inputs: rows; the first few are used.
+        inputs: rows; the first few batches are used.
+        batch: rows of a batch.
     """
     layers = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU")
     floats = {node.output[0] for node in reference.graph.node if node.op_type in layers}
@@ -203,24 +208,27 @@ def layer_errors(
     order = [node.output[0] for node in reference.graph.node if node.output[0] in both]
     if not order:
         return {}
-    feeds = next(runtime.batches(inputs, _LAYER_ROWS))
+    noise = dict.fromkeys(order, 0.0)
+    signal = dict.fromkeys(order, 0.0)
     try:
-        expected, got = (_run(proto, order, feeds) for proto in (reference, quantized))
+        before, after = (_watched(proto, order) for proto in (reference, quantized))
+        for feeds in itertools.islice(runtime.batches(inputs, batch), _LAYER_BATCHES):
+            expected, got = runtime.run(before, feeds), runtime.run(after, feeds)
+            for name in list(noise):
+                one, other = expected[name], got[name]
+                if one.shape != other.shape or one.dtype.kind != "f":
+                    del noise[name]
+                    continue
+                signal[name] += float(np.sum(np.square(one, dtype=np.float64)))
+                noise[name] += float(np.sum(np.square(one - other, dtype=np.float64)))
     except BadModel:
         return {}  # a graph that only runs fused: no figures rather than wrong ones
-    return {
-        name: round(compare.sqnr(expected[name], got[name]), 2)
-        for name in order
-        if expected[name].shape == got[name].shape and expected[name].dtype.kind == "f"
-    }
+    return {name: round(compare.decibels(signal[name], noise[name]), 2) for name in noise}
 
 
-def _run(
-    proto: onnx.ModelProto, tensors: list[str], feeds: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _watched(proto: onnx.ModelProto, tensors: list[str]) -> runtime.Session:
     watched = onnx.ModelProto()
     watched.CopyFrom(proto)
     there = {value.name for value in watched.graph.output}
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in there)
-    session = runtime.open_session(watched, level=runtime.OptimizationLevel.ORT_DISABLE_ALL)
-    return runtime.run(session, feeds)
+    return runtime.open_session(watched, level=runtime.OptimizationLevel.ORT_DISABLE_ALL)

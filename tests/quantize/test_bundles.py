@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from edge_agent.contract import baseline, bundle, golden
 from edge_agent.contract.manifest import Task
 from edge_agent.rules.evaluate import RuleSet
+from quantize.decide import spread_of
 from tests.quantize import models
 from tests.quantize.models import quantize
 
@@ -162,3 +164,35 @@ def test_data_as_csv_gives_the_same_model_as_npz(autoencoder, calibration, tmp_p
     members = [bundle.open_bundle(tmp_path / kind / "unit-1.2.3").manifest.members for kind in ("csv", "npz")]
     assert members[0]["model.onnx"] == members[1]["model.onnx"]
     assert members[0]["rules.yaml"] == members[1]["rules.yaml"]
+
+
+def test_the_spread_of_confidence_is_fitted_on_the_rows_for_choosing(autoencoder, calibration, tmp_path):
+    rows = np.concatenate([models.rows(60, seed=21), models.bad_rows(60, seed=22)])
+    labels = np.repeat([0, 1], 60)
+    held = models.write_rows(tmp_path / "held.npz", rows, y=labels)
+    options = ("--validation", str(held), "--scale", "standard", "--quiet")
+    assert quantize(autoencoder, calibration, tmp_path / "out", *options) == 0
+    made = bundle.open_bundle(tmp_path / "out" / "unit-1.2.3")
+    scores = run(made.member("model.onnx"), {"x": rows})["score"]
+    decision = made.manifest.decision
+    choosing = np.arange(0, 120, 2)  # labels are sorted: every other row chooses, the rest judges
+    judging = choosing + 1
+    spreads = [spread_of(scores[part], labels[part] > 0, decision.threshold) for part in (choosing, judging)]
+    assert spreads[0] != spreads[1]
+    assert decision.spread == pytest.approx(spreads[0], rel=0.01)
+
+
+def test_golden_vectors_of_large_inputs_are_few(tmp_path):
+    data = models.write_rows(tmp_path / "large.npz", np.resize(models.images(40), (40, 3, 96, 96)))
+    weights = {"K": np.random.default_rng(3).standard_normal((8, 3, 3, 3)).astype(np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["x", "K"], ["c"], strides=[8, 8]),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["y"]),
+    ]
+    inputs = [("x", TensorProto.FLOAT, ["N", 3, 96, 96])]
+    model = models.save(tmp_path / "large.onnx", nodes, weights, inputs, [("y", ["N", 8])])
+    assert quantize(model, data, tmp_path / "out", "--quiet") == 0
+    made = bundle.open_bundle(tmp_path / "out" / "unit-1.2.3")
+    vectors = golden.parse(made.read(golden.FILE_NAME))
+    assert vectors.inputs[0].shape[0] == (1 << 20) // (3 * 96 * 96 * 4)

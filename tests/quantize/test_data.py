@@ -303,3 +303,12 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     assert kept == sample // (4 * width)
     assert grown < 32 << 20  # the sample, a few blocks of 4 MiB and what the interpreter takes for itself
     assert grown < count * width * 4 / 3 or kind == "csv"
+
+
+def test_batches_that_run_side_by_side_come_back_in_order(tmp_path):
+    session = runtime.open_session(models.autoencoder(tmp_path / "ae.onnx"))
+    rows = {"x": models.rows(203)}
+    one_by_one = [runtime.run(session, feeds)["y"] for feeds in runtime.batches(rows, 7)]
+    found = [outputs["y"] for outputs in runtime.stream(session, rows, 7)]
+    assert [len(piece) for piece in found] == [len(piece) for piece in one_by_one]
+    assert np.concatenate(found).tobytes() == np.concatenate(one_by_one).tobytes()
