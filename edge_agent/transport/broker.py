@@ -258,7 +258,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Introduce ourselves."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not one by descent
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is not one by descent
         if self._reason is not None:  # it was given up meanwhile
             self._transport.abort()
             return

@@ -18,7 +18,8 @@ Topics, all below ``{prefix}/{device}/``::
     predict, predict/response                 the same for the decision API
     status                                    retained: online, offline
     models                                    retained: the repository index, as JSON
-    events                                    what changed: a model, its state, drift, fallback
+    events                                    what changed: a model, its state, drift, fallback, holds
+    hold                                      with ``mqtt.holds``: hold updates until a time, or release them
 
 MQTT 5 (https://docs.oasis-open.org/mqtt/mqtt/v5.0/mqtt-v5.0.html section 4.10): the answer goes to the
 request's Response Topic with its Correlation Data; Message Expiry is the deadline; user properties ``status``
@@ -41,7 +42,7 @@ import ssl
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -72,11 +73,14 @@ REMEMBER_REQUESTS: Final = 4096
 CALM_SECONDS: Final = 10.0  # without a fallback before its end is announced
 _MAX_TOPIC: Final = 1024  # bytes; the protocol allows 65,535, no topic of ours is near
 _NOT_IN_A_TOPIC: Final = re.compile(r"[+#\0]")
-_READ_BY_AGENTS: Final = ("/infer", "/predict", "/status", "/models")
+_READ_BY_AGENTS: Final = ("/infer", "/predict", "/status", "/models", "/hold")
+_MAX_HOLDING: Final = 8  # messages about holds at a time; one is done in milliseconds
 _KEPT_PROPERTIES: Final = 256  # encoded properties of answers; there are as many as kinds of answers
 
 _Key = tuple[str, str, bytes, int]
 _Encode = Callable[[Answer], codec.Body]
+Hold = Callable[[bytes], Awaitable[dict[str, Any]]]
+"""Does what a message about holds says, and returns the hold in force; raises EdgeError where it cannot."""
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +118,7 @@ class MqttTransport:
     """One connection to one broker, made again whenever it is lost. ``connected`` is set while it lives.
 
     ``spool`` is the folder where decisions of streams wait; without it there are no streams, and the broker
-    keeps no session.
+    keeps no session. ``hold`` is told what comes on the topic of holds, where ``mqtt.holds`` is on.
 
     Raises:
         ConfigError: the password file or a file of ``mqtt.tls`` cannot be read.
@@ -128,6 +132,7 @@ class MqttTransport:
         metrics: AgentMetrics,
         *,
         spool: Path | None = None,
+        hold: Hold | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self.connected = asyncio.Event()
@@ -142,6 +147,8 @@ class MqttTransport:
         self._connection: Connection | None = None
         self._spool = spool
         self._stream: Stream | None = None
+        self._hold = hold if config.holds else None
+        self._holding: set[asyncio.Task[None]] = set()  # messages about holds that are being done
         self._requests: OrderedDict[_Key, float] = OrderedDict()  # until when they are known
         self._said: dict[str, _Seen] = {}
         self._under_way = 0  # requests taken up whose answer the broker does not have yet
@@ -232,7 +239,8 @@ class MqttTransport:
     def _subscriptions(self) -> list[str]:
         kinds = ("infer",) if self._stream is None else ("infer", "input")
         models = [f"v2/models/{some}/{kind}" for kind in kinds for some in ("+", "+/versions/+")]
-        return [f"{self._root}/{topic}" for topic in ("predict", *models)]
+        holds = () if self._hold is None else ("hold",)
+        return [f"{self._root}/{topic}" for topic in ("predict", *holds, *models)]
 
     def _login(self, password: str | None, tls: ssl.SSLContext | None) -> broker.Login:
         config = self._config
@@ -359,6 +367,9 @@ class MqttTransport:
         if message.retain:
             log.warning("mqtt: a retained request on %s is not answered at every connect; clear it", topic)
             return
+        if topic == "hold":
+            self._heed(connection, message)
+            return
         reply = _Reply(connection, f"{self._root}/{_fixed_response(topic)}", message.correlation)
         busy = self._under_way
         self._under_way += 1
@@ -377,6 +388,26 @@ class MqttTransport:
             if isinstance(error, Overloaded | Unavailable):
                 self._forget(reply)  # asked again, it is tried again
             self._respond(reply, _refused(error))
+
+    def _heed(self, connection: Connection, message: Message) -> None:
+        """Do what a message about holds says, one after the other, and say on ``events`` what came of it."""
+        if self._hold is None or len(self._holding) >= _MAX_HOLDING:
+            return
+        task = asyncio.create_task(self._heeded(connection, self._hold, message), name="mqtt hold")
+        self._holding.add(task)
+        task.add_done_callback(self._holding.discard)
+
+    async def _heeded(self, connection: Connection, hold: Hold, message: Message) -> None:
+        event: dict[str, Any] = {"event": "hold", "time": round(time.time(), 3)}
+        try:
+            if (problem := message.problem or self._too_long(message)) is not None:
+                raise InvalidInput(problem)
+            event |= await hold(message.payload)
+        except EdgeError as error:
+            log.warning("mqtt: a message on %s was not understood: %s", message.topic, error)
+            event["error"] = str(error)
+        with contextlib.suppress(OSError):  # the connection is gone: what was said is in force all the same
+            await connection.published(f"{self._root}/events", codec.encode_json(event))
 
     def _take_up(self, connection: Connection, topic: str, message: Message, stream: Stream) -> None:
         """An input of a stream: acknowledged when its decision is safe."""
@@ -530,7 +561,7 @@ async def _ended(task: asyncio.Task[None]) -> None:
 
 def _is_ours(topic: str) -> bool:
     """Whether a topic below the device's root is one that was subscribed to."""
-    if topic == "predict":
+    if topic in ("predict", "hold"):
         return True
     if _NOT_IN_A_TOPIC.search(topic) is not None:
         return False

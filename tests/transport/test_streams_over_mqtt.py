@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -20,14 +21,15 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edge_agent.config import MqttConfig
+from edge_agent.config import DriftConfig, EngineConfig, MqttConfig, ServingConfig
 from edge_agent.errors import ConfigError
+from edge_agent.serving.service import Service
 from edge_agent.transport.mqtt import MqttTransport
 from tests.support.agents import AgentProcess, run_cli
 from tests.support.bundles import tiny_bundle
 from tests.support.certificates import Authority
 from tests.support.services import Mosquitto, eventually, require
-from tests.transport.agent import TIMEOUT, Agent
+from tests.transport.agent import TIMEOUT, Agent, running
 from tests.transport.test_inference_over_mqtt import (
     INFER,
     PREDICT,
@@ -303,6 +305,28 @@ def test_events_tell_of_an_update_and_of_a_fallback(
         assert events["fallback"]["active"] is True
 
 
+def test_an_event_tells_of_drift_and_of_its_end(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    with running() as agent, connected(mosquitto, f"{ROOT}/events", RESPONSE) as peer:
+        drift = DriftConfig(window_rows=200, max_rows_per_second=1e6)
+        agent.service = Service(ServingConfig(), EngineConfig(), drift, agent.metrics)
+        agent.serve(tiny_bundle(tmp_path / "bundle"))
+        watching = asyncio.run_coroutine_threadsafe(agent.service.watch_drift(0.01), agent.loop)
+        agent.subscribe(mosquitto.port)
+        rng = np.random.default_rng(3)
+        said: list[bool] = []
+        while len(said) < 3:
+            away = 3.0 if said == [False] else 0.0  # the calibration rows lie in [-1, 1]
+            rows = rng.uniform(-1, 1, (100, 4)) + away
+            peer.send(PREDICT, {"features": rows.tolist()}, ResponseTopic=RESPONSE)
+            while (message := peer.receive()).topic != RESPONSE:
+                event = json.loads(message.payload)
+                if event["event"] == "drift":
+                    assert (event["model"], event["version"]) == ("demo", "1.0.0")
+                    said.append(event["drifting"])
+        watching.cancel()
+        assert said == [False, True, False]
+
+
 def next_event(peer: Any) -> dict[str, Any]:
     while True:
         message = peer.receive()
@@ -411,7 +435,6 @@ def test_a_broker_that_refuses_is_tried_again_until_it_lets_us_in(
 @contextlib.contextmanager
 def trying(agent: Agent, port: int, config: dict[str, Any]) -> Iterator[MqttTransport]:
     """A transport that may never connect."""
-    import asyncio
 
     async def start() -> tuple[MqttTransport, asyncio.Task[None]]:
         transport = MqttTransport(MqttConfig(port=port, **config), "line-1", agent.service, agent.metrics)
