@@ -42,7 +42,7 @@ from edge_agent.telemetry.logs import EventLog
 from edge_agent.telemetry.metrics import AgentMetrics
 from edge_agent.telemetry.remote_write import RemoteWriter
 from edge_agent.transport.http import HttpServer
-from edge_agent.transport.mqtt import MqttTransport
+from edge_agent.transport.mqtt import Hold, MqttTransport
 from edge_agent.update.updater import Updater
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ async def run(
             background = Background(tasks)
             background.start("pulse", agent.watch_loop)
             background.start("drift", service.watch_drift)
-            connections = Connections(config, service, metrics, background)
+            connections = Connections(config, service, metrics, background, hold=updater.heed)
 
             def write() -> None:
                 """What the one agent does that writes this store."""
@@ -162,6 +162,7 @@ def check_files(config: Config) -> None:
             "updates.ca_file": updates.ca_file,
             "updates.client_certificate": updates.client_certificate,
             "updates.client_key": updates.client_key,
+            "updates.credentials_file": updates.credentials_file,
         }
     for key, path in named.items():
         if not path:
@@ -246,7 +247,7 @@ class Connections:
     """What this agent connects to: the broker and the metrics receiver, as the configuration has them."""
 
     def __init__(
-        self, config: Config, service: Service, metrics: AgentMetrics, background: Background
+        self, config: Config, service: Service, metrics: AgentMetrics, background: Background, *, hold: Hold
     ) -> None:
         self._device = config.device
         self._queue = Path(config.store) / "metrics"
@@ -254,6 +255,7 @@ class Connections:
         self._service = service
         self._metrics = metrics
         self._background = background
+        self._hold = hold
         self._begun = False
         self._in_force: dict[str, Any] = {"mqtt": None, "remote_write": None}
 
@@ -280,7 +282,7 @@ class Connections:
             transport = None
             if broker is not None:
                 transport = MqttTransport(
-                    broker, self._device, self._service, self._metrics, spool=self._spool
+                    broker, self._device, self._service, self._metrics, spool=self._spool, hold=self._hold
                 )
             prepared["mqtt"] = (broker, transport)
         if (receiver := config.remote_write) != self._in_force["remote_write"]:

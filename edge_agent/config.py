@@ -83,6 +83,7 @@ class MqttConfig(_Section, frozen=True):
     tls: MqttTlsConfig | None = None
     session_expiry_seconds: Count = 86_400  # how long the broker keeps inputs for a device that is away
     max_queue_bytes: Count = 64 << 20  # decisions that wait on disk for the broker; beyond it the oldest go
+    holds: bool = False  # updates may be held by a message, for a day at most
 
 
 class EngineConfig(_Section, frozen=True):

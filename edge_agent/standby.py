@@ -6,7 +6,7 @@ Invariants:
 - what answers is what ``current`` names, within a second of the writer's switch;
 - a release that cannot be loaded changes nothing, the one before goes on answering; it is tried again later,
   because the writer may repair it, and another one at once;
-- the kill switch that the writer has on record holds here, too.
+- the kill switch and the refusals that the writer has on record hold here, too.
 
 So a pod's rolling update has no gap: the new agent answers before the old one ends, and follows the
 repository once the old one is gone.
@@ -66,11 +66,17 @@ class Standby:
     async def _follow(self, model: str) -> None:
         digest = await asyncio.to_thread(self._store.pointer, model)
         status = next((status for status in self._service.statuses() if status.name == model), None)
-        if status is None:
+        record = await asyncio.to_thread(self._store.record, model)
+        rejection = record.rejection(digest) if digest is not None else None
+        if rejection is not None:  # it failed with nothing to go back to: it is not loaded, its rules answer
+            if status is None or status.state != "rejected":
+                self._service.degrade(model, "rejected", rejection.message)
+            if status is None or status.digest is None:
+                await self._take_up(model)
+        elif status is None:
             await self._take_up(model)
         elif digest is not None and not self._is_served(model, digest, status.digest, status.state):
             await self._load(model, digest)
-        record = await asyncio.to_thread(self._store.record, model)
         self._service.set_killed(model, record.killed)
 
     def _is_served(self, model: str, digest: Digest, served: str | None, state: str) -> bool:

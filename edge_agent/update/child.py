@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final, Protocol
 
 from edge_agent.errors import EdgeError
@@ -60,19 +61,21 @@ async def child_process(setup: Setup, silence_seconds: float) -> AsyncIterator[H
         "ORT_DISABLE_TELEMETRY": "1",
         messages.AGENT_PID: str(os.getpid()),
     }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-P",  # the working directory is no place to import from
-        "-m",
-        "edge_agent.update.worker",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        limit=messages.MAX_LINE,
+    # Not by the event loop: uvloop forks, and the whole loop then waits for as long as a copy of the page tables and
+    # the way to exec take, some 10 ms. `Popen` uses vfork. The thread is one of the loop's executor and lives
+    # as long as the loop: if it ended, the worker would take it for the agent's death (PR_SET_PDEATHSIG).
+    process = await asyncio.to_thread(
+        subprocess.Popen,
+        # -P: the working directory is no place to import from
+        [sys.executable, "-P", "-m", "edge_agent.update.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=environment,
     )
     hands = _Child(process, silence_seconds)
     try:
+        await hands.connect()
         hands.send(messages.encode(setup))
         yield hands
     finally:
@@ -80,16 +83,27 @@ async def child_process(setup: Setup, silence_seconds: float) -> AsyncIterator[H
 
 
 class _Child:
-    def __init__(self, process: asyncio.subprocess.Process, silence_seconds: float) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], silence_seconds: float) -> None:
         self._process = process
         self._silence = silence_seconds
         self._first = True
         self._aborted = False
+        self._answers = asyncio.StreamReader(messages.MAX_LINE)
+        self._errors = asyncio.StreamReader()
+        self._pipes: list[asyncio.BaseTransport] = []
+        self._commands: asyncio.WriteTransport | None = None
         self._last_words = asyncio.create_task(self._listen(), name="worker-stderr")
 
+    async def connect(self) -> None:
+        """Take up the ends of the three pipes."""
+        loop = asyncio.get_running_loop()
+        for reader, pipe in ((self._answers, self._process.stdout), (self._errors, self._process.stderr)):
+            self._pipes.append((await loop.connect_read_pipe(_feeding(reader), pipe))[0])
+        self._commands, _ = await loop.connect_write_pipe(asyncio.Protocol, self._process.stdin)
+
     def send(self, line: bytes) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line)
+        assert self._commands is not None
+        self._commands.write(line)
 
     async def ask(self, command: Command) -> Reply:
         try:
@@ -116,31 +130,36 @@ class _Child:
         self._kill()
 
     async def end(self) -> None:
-        if self._process.stdin is not None:
-            self._process.stdin.close()  # it ends by itself
+        if self._commands is not None:
+            self._commands.close()  # it ends by itself
         try:
             async with asyncio.timeout(1.0):
-                await self._process.wait()
+                await self._ended()
         except TimeoutError:
             self._kill()
         finally:
-            if self._process.returncode is None:
+            if self._process.poll() is None:
                 self._kill()
-                await self._process.wait()
+                await self._ended()
             self._last_words.cancel()
             await asyncio.gather(self._last_words, return_exceptions=True)
+            for pipe in self._pipes:
+                pipe.close()
+
+    async def _ended(self) -> int:
+        """Wait for its end; the exit code."""
+        return await asyncio.to_thread(self._process.wait)
 
     async def _reply(self) -> Reply:
-        assert self._process.stdout is not None
         patience = self._silence + (_START_SECONDS if self._first else 0.0)
         async with asyncio.timeout(patience):
-            line = await self._process.stdout.readline()
+            line = await self._answers.readline()
         self._first = False
         if line:
             return messages.decode_reply(line)
         if self._aborted:
             raise Aborted("the update was given up for an operator's command")
-        code = await self._process.wait()
+        code = await self._ended()
         words = await asyncio.gather(self._last_words, return_exceptions=True)
         raise SourceFailed(
             f"the update worker ended with {code}: {words[0] or 'it said nothing'}", reason="worker"
@@ -148,9 +167,8 @@ class _Child:
 
     async def _listen(self) -> str:
         """Read stderr to its end, so that the worker never waits for us, and keep the last words."""
-        assert self._process.stderr is not None
         tail = b""
-        while data := await self._process.stderr.read(4096):
+        while data := await self._errors.read(4096):
             tail = (tail + data)[-_STDERR_KEPT:]
         words = tail.decode(errors="replace").strip()
         if words:
@@ -158,8 +176,11 @@ class _Child:
         return words.splitlines()[-1] if words else ""
 
     def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._process.kill()  # harmless where it has ended
+
+
+def _feeding(reader: asyncio.StreamReader) -> Callable[[], asyncio.StreamReaderProtocol]:
+    return lambda: asyncio.StreamReaderProtocol(reader)
 
 
 @contextlib.asynccontextmanager

@@ -19,6 +19,7 @@ from edge_agent.config import (
 )
 from edge_agent.contract.assignments import Mode
 from edge_agent.serving.service import Service
+from edge_agent.standby import Standby
 from edge_agent.store.state import State
 from edge_agent.store.store import Store
 from edge_agent.telemetry.metrics import AgentMetrics
@@ -31,8 +32,10 @@ PATIENCE = 60.0  # seconds
 class Agent:
     """Store, service and updater, put together as app.run does."""
 
-    def __init__(self, folder: Path, publisher: Publisher, shadow: ShadowConfig | None = None) -> None:
-        self.store = Store.open(folder)
+    def __init__(
+        self, folder: Path, publisher: Publisher, shadow: ShadowConfig | None = None, *, reads: bool = False
+    ) -> None:
+        self.store = Store.read(folder) if reads else Store.open(folder)
         self.metrics = AgentMetrics(CollectorRegistry(), "unit-1", "0.1.0")
         self.service = Service(ServingConfig(deadline_ms=5000), EngineConfig(), DriftConfig(), self.metrics)
         config = UpdatesConfig(
@@ -46,6 +49,16 @@ class Agent:
         rows = np.full((1, 4), value, np.float32)
         answer = await self.service.submit("demo", None, {"features": rows})
         return answer.source, answer.reason, answer.version
+
+    async def take_up(self) -> None:
+        """Serve what the store holds, as app.run does, and every second of a second agent."""
+
+        async def start(model: str) -> None:
+            await self.service.start(model, self.store.current(model))
+
+        standby = Standby(self.store, self.service, start)
+        await standby.follow()
+        await standby.follow()
 
     def state(self) -> State:
         return self.store.record("demo").state
@@ -181,12 +194,17 @@ def test_where_a_first_release_fails_its_rules_answer_and_a_restart_does_not_loa
 
         agent = Agent(tmp_path / "store", publisher)
         await agent.updater.recover()
-        await agent.service.start("demo", agent.store.current("demo"))
+        await agent.take_up()
         await agent.updater.run_once()
         assert await agent.ask(0.0) == ("fallback", "rejected", "1.0.0")
+        reader = Agent(tmp_path / "store", publisher, reads=True)  # a second agent, which nobody has told
+        await reader.take_up()
+        assert await reader.ask(0.0) == ("fallback", "rejected", "1.0.0")
         publisher.assign(publisher.publish("1.0.1"))
         await agent.updater.run_once()
-        assert await agent.ask(1.0) == ("model", "ok", "1.0.1")
+        await reader.take_up()
+        for one in (agent, reader):
+            assert await one.ask(1.0) == ("model", "ok", "1.0.1")
         agent.store.close()
 
     asyncio.run(scenario())
