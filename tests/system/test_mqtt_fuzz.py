@@ -38,6 +38,7 @@ class Client:
         self.statuses = Counter[str]()
         self.refused = 0  # by the broker
         self._port = port
+        self._asked = 0
         self._connect()
 
     def _connect(self) -> None:
@@ -58,22 +59,24 @@ class Client:
             raise ConnectionResetError
         return self._parser.feed(data)
 
-    def ask(self, before: list[bytes], topic: str, body: bytes, correlation: bytes) -> dict[str, Any]:
+    def ask(self, before: list[bytes], topic: str, body: bytes) -> dict[str, Any]:
         """Send all, and wait for the answer to the last."""
-        properties = wire.bytes_property(wire.RESPONSE_TOPIC, ANSWERS.encode())
-        properties += wire.bytes_property(wire.CORRELATION, correlation)
-        last = wire.publish(topic, body, packet_id=1, retain=False, properties=properties)
         try:
-            return self._exchange(b"".join([*before, last]), correlation)
+            return self._exchange(before, topic, body)
         except (ConnectionResetError, BrokenPipeError):  # the broker read what it must not pass on
             self.refused += 1
             self._socket.close()
             self._connect()
-            return self._exchange(last, correlation)
+            return self._exchange([], topic, body)
 
-    def _exchange(self, data: bytes, correlation: bytes) -> dict[str, Any]:
+    def _exchange(self, before: list[bytes], topic: str, body: bytes) -> dict[str, Any]:
         answer = None
-        self._socket.sendall(data)
+        self._asked += 1  # also when it is asked again, or it would be the same request
+        correlation = self._asked.to_bytes(8, "big") + b"right"
+        properties = wire.bytes_property(wire.RESPONSE_TOPIC, ANSWERS.encode())
+        properties += wire.bytes_property(wire.CORRELATION, correlation)
+        last = wire.publish(topic, body, packet_id=1, retain=False, properties=properties)
+        self._socket.sendall(b"".join([*before, last]))
         while answer is None:
             for packet in self._packets():
                 if packet.first & 0xF0 != wire.PUBLISH:
@@ -183,7 +186,6 @@ def test_mutated_messages_neither_kill_it_nor_fill_it(mosquitto: Mosquitto, tmp_
                 [_message(corpus, rng) for _ in range(BATCH)],
                 f"{ROOT}/predict",
                 json.dumps({"features": row}).encode(),
-                number.to_bytes(8, "big") + b"right",
             )
             assert answer.get("score") == expected_score(np.array([row]))[0], answer
             if not early and number >= MESSAGES // 4:
