@@ -30,6 +30,7 @@ from edge_agent.errors import EngineError
 from edge_agent.serving.engine import Engine
 from edge_agent.serving.tensors import Feeds
 
+_ABORT_AGAIN: Final = 0.01  # seconds
 _TICK: Final = 0.001  # seconds; what the timers of asyncio and uvloop can tell apart
 
 
@@ -84,6 +85,7 @@ class Batcher:
         self._delay = delay if joinable else 0.0  # seconds that a request may wait for others
         self._hurry = False  # somebody in the queue has no time for that
         self._timer: asyncio.TimerHandle | None = None
+        self._aborting: asyncio.TimerHandle | None = None
         self._queue: deque[Pending] = deque()
         self._loop = asyncio.get_running_loop()
         self._scheduled = False
@@ -194,8 +196,16 @@ class Batcher:
 
     def _expire(self, request: Pending) -> None:
         self._end([request], None)
+        if self._aborting is None:
+            self._abort()
+
+    def _abort(self) -> None:
+        """End a run that nobody waits for: a stuck model must not take the service along."""
+        self._aborting = None
         if self._running and all(waiting.done for waiting in self._running):
-            self._engine.abort()  # nobody waits for it: a stuck model must not take the service along
+            self._engine.abort()
+            # It may have been between two runs, and then noticed nothing.
+            self._aborting = self._loop.call_later(_ABORT_AGAIN, self._abort)
 
     def _shut(self) -> None:
         if self._thread is not None:
@@ -225,7 +235,7 @@ class Batcher:
                 # One request may have poisoned the batch: each gets its own chance and its own error.
                 for request in batch:
                     request.begin, request.joined = 0, False
-        return [([request], self._compute_one(request)) for request in batch]
+        return [([request], self._compute_one(request)) for request in batch if not request.done]
 
     def _compute_one(self, request: Pending) -> Feeds | EngineError:
         try:

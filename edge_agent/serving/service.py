@@ -39,7 +39,7 @@ from edge_agent.rules.evaluate import RuleSet, constant
 from edge_agent.serving import tensors
 from edge_agent.serving.batcher import Batcher, Pending, Timings
 from edge_agent.serving.decision import Scores, fails, on_the_models_scale
-from edge_agent.serving.engine import Engine, Sessions
+from edge_agent.serving.engine import Engine, Sessions, may_not_end
 from edge_agent.serving.history import History, Noted
 from edge_agent.serving.shadow import Shadow, ShadowReport
 from edge_agent.serving.split import Served, Split, SplitReport, why_not_beside
@@ -365,7 +365,7 @@ class Service:
         started = time.perf_counter()
         stall = asyncio.create_task(_longest_stall(), name="stall")
         try:
-            rules, engine, median, detector = await asyncio.to_thread(
+            rules, engine, inline, detector = await asyncio.to_thread(
                 _load, bundle, self._sessions, self._engine, self._drift
             )
         finally:
@@ -386,7 +386,7 @@ class Service:
             engine,
             max_rows=self._engine.max_batch_rows,
             joinable=tensors.batchable(manifest.inputs, manifest.outputs),
-            inline=median < self._engine.inline_below_ms / 1000,
+            inline=inline,
             finish=self._finish,
             observe_rows=release.metrics.batch,
             delay=self._engine.batch_delay_us * 1e-6,
@@ -866,19 +866,20 @@ class _Request(Pending, eq=False, kw_only=True):
 
 def _load(
     bundle: Bundle, sessions: Sessions, config: EngineConfig, drift: DriftConfig
-) -> tuple[RuleSet, Engine, float, DriftDetector | None]:
-    """Verify everything, then parse, load and warm it. Runs in a thread."""
+) -> tuple[RuleSet, Engine, bool, DriftDetector | None]:
+    """Verify everything, then parse, load and warm it; says also if it may run on the loop. In a thread."""
     bundle.verify()
     rules = _read_rules(bundle)
     engine = sessions.engine(bundle.member(MODEL), bundle.manifest.members[MODEL].digest)
     _check_names(bundle, engine)
     median = engine.warm_up(_warm_up_feeds(bundle), config.warmup_runs)
+    inline = median < config.inline_below_ms / 1000 and not may_not_end(bundle.member(MODEL))
     detector = None
     if drift.enabled and baselines.FILE_NAME in bundle.manifest.members:
         baseline = baselines.parse(bundle.read(baselines.FILE_NAME))
         if len(baseline.features) == len(_features(bundle.manifest)):
             detector = DriftDetector(baseline, drift.window_rows)
-    return rules, engine, median, detector
+    return rules, engine, inline, detector
 
 
 def _memory(manifest: Manifest) -> int:

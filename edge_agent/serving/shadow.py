@@ -31,6 +31,8 @@ from edge_agent.serving.tensors import Feeds, conform
 
 _QUEUE: Final = 32  # requests
 _KEPT: Final = 512  # durations, the newest
+_TICK: Final = 0.01  # seconds
+_PATIENCE: Final = 1.0  # seconds a request; beyond it the run is aborted, and every row of it disagrees
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +101,14 @@ class Shadow:
             while self._queue:
                 looking = asyncio.create_task(asyncio.to_thread(self._look, self._queue.popleft()))
                 try:
-                    await asyncio.shield(looking)
+                    while not (await asyncio.wait([looking], timeout=_PATIENCE))[0]:
+                        self._engine.abort()
                 except asyncio.CancelledError:
-                    await asyncio.wait([looking])  # a thread cannot be cancelled, only waited for
+                    # A thread cannot be cancelled, only waited for; a run can.
+                    while not (await asyncio.wait([looking], timeout=_TICK))[0]:
+                        self._engine.abort()
                     raise
+                looking.result()
 
     def _look(self, seen: _Seen) -> None:
         """In a thread: run the request once more, and compare."""

@@ -245,6 +245,34 @@ def test_a_stuck_model_is_answered_for_at_the_deadline_and_does_not_take_the_ser
     asyncio.run(story())
 
 
+def test_stuck_requests_that_travelled_together_leave_the_model_free_for_the_next(tmp_path):
+    async def story():
+        rig = Rig(
+            ServingConfig(deadline_ms=50.0, breaker_failures=1000),
+            EngineConfig(inline_below_ms=0.0, warmup_runs=1),
+        )
+        await rig.service.start("demo", endless_bundle(tmp_path / "b"))
+        for _ in range(3):
+            stuck = await asyncio.gather(*[rig.ask(ENDLESS) for _ in range(10)])
+            assert {answer.reason for answer in stuck} == {"deadline"}
+            assert (await rig.ask(GOOD, deadline=30.0)).source == "model"
+
+    asyncio.run(story())
+
+
+def test_a_model_with_a_loop_never_runs_on_the_event_loop_however_fast_it_was_at_first(tmp_path):
+    async def story():
+        rig = Rig(ServingConfig(deadline_ms=50.0), EngineConfig(inline_below_ms=1e6, warmup_runs=1))
+        await rig.service.start("demo", endless_bundle(tmp_path / "b"))
+        turned = asyncio.create_task(asyncio.sleep(0.001, "turned"))
+        stuck = rig.service.submit("demo", None, {"features": ENDLESS})
+        assert await turned == "turned"
+        assert not stuck.done()
+        assert (await stuck).reason == "deadline"
+
+    asyncio.run(story())
+
+
 def test_a_request_without_time_left_is_answered_by_the_rules_at_once(tmp_path):
     async def story():
         rig = Rig()

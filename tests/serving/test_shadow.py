@@ -12,6 +12,7 @@ from edge_agent.config import DriftConfig, EngineConfig, ServingConfig
 from edge_agent.serving.service import Service
 from edge_agent.serving.shadow import ShadowReport
 from edge_agent.telemetry.metrics import AgentMetrics
+from tests.serving.test_service import endless_bundle
 from tests.support.bundles import tiny_bundle
 
 PATIENCE = 30.0
@@ -122,5 +123,21 @@ def test_what_a_release_answered_is_kept_for_the_comparison_with_the_next(tmp_pa
         # Scores of 1 and 9 over a threshold of 4: two doublings below, and one above.
         assert {index - 10: count for index, count in enumerate(before.scores) if count} == {-2: 1, 1: 2}
         assert (now.rows, now.failed_rows, sum(now.latencies), sum(now.scores)) == (0, 0, 0, 0)
+
+    asyncio.run(story())
+
+
+def test_a_shadow_that_gets_stuck_disagrees_and_can_be_ended(tmp_path):
+    async def story():
+        agent = service()
+        await agent.start("demo", tiny_bundle(tmp_path / "1"))
+        stuck = endless_bundle(tmp_path / "2")
+        agent.shadow(await agent.prepare(stuck), 1.0)
+        endless = np.full((1, 4), 1e9, np.float32)
+        await agent.submit("demo", None, {"features": endless})
+        assert (await seen(agent, 1)).failed_rows == 1
+        await agent.submit("demo", None, {"features": endless})
+        await asyncio.sleep(0)
+        await asyncio.wait_for(agent.end_shadow("demo"), PATIENCE)
 
     asyncio.run(story())
