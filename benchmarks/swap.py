@@ -311,11 +311,12 @@ class _Children:
         return self._peak
 
     def _watch(self) -> None:
-        path = Path(f"/proc/{self._parent}/task/{self._parent}/children")
+        threads = Path(f"/proc/{self._parent}/task")
         while not self._over.wait(0.02):
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                for child in path.read_text().split():
-                    self._peak = max(self._peak, _status_kb(int(child), "VmHWM"))
+            for thread in threads.iterdir():  # any of them may have started it
+                with contextlib.suppress(OSError, IndexError, ValueError):
+                    for child in (thread / "children").read_text().split():
+                        self._peak = max(self._peak, _status_kb(int(child), "VmHWM"))
 
 
 def _status_kb(pid: int, field: str) -> int:

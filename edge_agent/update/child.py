@@ -61,18 +61,13 @@ async def child_process(setup: Setup, silence_seconds: float) -> AsyncIterator[H
         "ORT_DISABLE_TELEMETRY": "1",
         messages.AGENT_PID: str(os.getpid()),
     }
-    # Not by the event loop: uvloop forks, and the whole loop then waits for as long as a copy of the page tables and
-    # the way to exec take, some 10 ms. `Popen` uses vfork. The thread is one of the loop's executor and lives
-    # as long as the loop: if it ended, the worker would take it for the agent's death (PR_SET_PDEATHSIG).
-    process = await asyncio.to_thread(
-        subprocess.Popen,
-        # -P: the working directory is no place to import from
-        [sys.executable, "-P", "-m", "edge_agent.update.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-    )
+    start = asyncio.create_task(asyncio.to_thread(_start, environment), name="worker-start")
+    try:
+        process = await asyncio.shield(start)
+    except asyncio.CancelledError:
+        with await start as process:
+            process.kill()
+        raise
     hands = _Child(process, silence_seconds)
     try:
         await hands.connect()
@@ -80,6 +75,23 @@ async def child_process(setup: Setup, silence_seconds: float) -> AsyncIterator[H
         yield hands
     finally:
         await hands.end()
+
+
+def _start(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start it beside the event loop.
+
+    uvloop would fork, and answer nobody until the page tables are copied and the new program is in place: 10
+    ms. ``Popen`` calls vfork: 1 ms. The thread it is called in must live on, its end would be the agent's
+    death to the worker (PR_SET_PDEATHSIG). Those of the loop's executor do.
+    """
+    return subprocess.Popen(
+        # -P: the working directory is no place to import from
+        [sys.executable, "-P", "-m", "edge_agent.update.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
 
 
 class _Child:
