@@ -8,7 +8,9 @@ Invariants:
 
 - git is only how files travel: what they are worth is decided by their signatures, so no commit is trusted;
 - nothing is checked out: no file name of the repository ever becomes a path on this device, no hook runs;
-- all reads of one ``GitSource`` are of one commit.
+- all reads of one ``GitSource`` are of one commit;
+- whatever the server sends, one fetch writes at most the bundle limit and 64 MB, and leaves the disk room;
+  what git says is bounded, and so is its memory.
 
 The copy lies in the store and is only a cache: where git cannot use it, it is removed and fetched again.
 """
@@ -16,9 +18,13 @@ The copy lies in the store and is only a cache: where git cannot use it, it is r
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import shutil
+import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -33,6 +39,9 @@ _CHUNK: Final = 1 << 18  # bytes
 _TIMESTAMP_LIMIT: Final = 16384  # bytes; TUF's own limit
 _REF: Final = "refs/edge/current"
 _PACKS: Final = 20  # fetches before the copy is packed again: each leaves a pack
+_SMALL: Final = 1 << 20  # bytes of what git says, where it does not give a file
+_SPARE: Final = 16 << 20  # bytes left free on the disk
+_MEMORY: Final = 256 << 20  # bytes of a git process; what is larger is streamed
 _FETCH_PATIENCE: Final = 20  # times the time-out, for a whole fetch; git itself watches for silence
 
 
@@ -60,6 +69,8 @@ class GitSource:
         self._timeout = timeout
         self._access = access
         self._commit: str | None = None
+        self._refused: str | None = None  # a commit that is too large
+        self._limit = access.cache_bytes
 
     def look(self, seen: Seen | None) -> Seen:
         """Ask for the branch's commit; only another one is fetched."""
@@ -75,7 +86,7 @@ class GitSource:
         size = self._size(path, name)
         if size > limit:
             raise SourceFailed(f"{path}: more than {limit} bytes", reason="too_large")
-        return self._git("cat-file", "blob", name)
+        return self._git("cat-file", "blob", name, room=max(size, _SMALL))
 
     @contextlib.contextmanager
     def stream(self, path: str, offset: int) -> Iterator[Stream]:
@@ -118,7 +129,7 @@ class GitSource:
                 raise SourceFailed(f"{self._url}: no branch {self._branch}", reason="not_found")
             commit = answer[0].decode("ascii", "replace")
             if not self._has(commit):
-                self._fetch(branch)
+                self._fetch(branch, commit)
                 commit = self._git("rev-parse", "--verify", f"{_REF}^{{commit}}").decode().strip()
             self._commit = commit
         return self._commit
@@ -129,36 +140,87 @@ class GitSource:
         except SourceFailed:
             return False
 
-    def _fetch(self, branch: str) -> None:
+    def _fetch(self, branch: str, commit: str) -> None:
+        if commit == self._refused:  # it would be as large again, every few seconds
+            raise SourceFailed(f"{self._url}: {commit[:12]} is too large", reason="too_large")
         try:
+            if self._copied() > self._limit:
+                shutil.rmtree(self._cache, ignore_errors=True)
             if not (self._cache / "HEAD").exists():
                 self._git("init", "--quiet", "--bare", str(self._cache), alone=True)
             elif len(list(self._cache.glob("objects/pack/*.pack"))) >= _PACKS:
-                self._git("gc", "--quiet", "--prune=now", patience=_FETCH_PATIENCE)
+                self._git("gc", "--quiet", "--prune=now", patience=_FETCH_PATIENCE, room=self._limit)
+            free = shutil.disk_usage(self._cache).free - _SPARE
             self._git(
                 "fetch", "--quiet", "--depth=1", "--no-tags", "--no-write-fetch-head",
-                "--no-recurse-submodules", "--", self._url, f"+{branch}:{_REF}", patience=_FETCH_PATIENCE,
+                "--no-recurse-submodules", "--", self._url, f"+{branch}:{_REF}",
+                patience=_FETCH_PATIENCE, room=max(min(self._limit, free), 0),
             )  # fmt: skip
-        except SourceFailed:
-            shutil.rmtree(self._cache, ignore_errors=True)  # it may be what is broken
+        except (SourceFailed, OSError) as error:
+            shutil.rmtree(self._cache, ignore_errors=True)  # it may be what is broken, or too much
+            if isinstance(error, OSError):
+                raise SourceFailed(f"{self._cache}: {error.strerror}", reason="scratch") from error
+            if error.reason == "too_large" and free < self._limit:
+                raise SourceFailed(
+                    f"{error}; only {free} bytes are free for it", reason="disk_full"
+                ) from error
+            if error.reason == "too_large":
+                self._refused = commit
             raise
 
-    def _git(self, *arguments: str, alone: bool = False, patience: int = 1) -> bytes:
-        command = [*self._command(alone=alone), *arguments]
-        try:
-            done = subprocess.run(
-                command, env=self._environment(), stdin=subprocess.DEVNULL, capture_output=True,
-                timeout=self._timeout * patience, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise SourceFailed(f"{self._url}: git {arguments[0]} took too long") from error
-        except OSError as error:
-            raise SourceFailed(f"git cannot be started: {error.strerror}") from error
-        if done.returncode != 0:
-            words = done.stderr.decode(errors="replace").strip().splitlines()
-            said = next((line for line in words if line.startswith(("fatal:", "error:"))), "")
-            raise SourceFailed(f"{self._url}: git {arguments[0]}: {said or done.returncode}")
-        return done.stdout
+    def _copied(self) -> int:
+        """Bytes of the copy."""
+        return sum(pack.stat().st_size for pack in self._cache.glob("objects/pack/*"))
+
+    def _git(self, *arguments: str, alone: bool = False, patience: int = 1, room: int = _SMALL) -> bytes:
+        """Run git; no file that it writes, and nothing that it says, has more than ``room`` bytes."""
+        # The shell waits until the limits are set, so that git never runs without them.
+        command = ["sh", "-c", 'read -r _ && exec "$@"', "sh", *self._command(alone=alone), *arguments]
+        with contextlib.ExitStack() as stack:
+            try:
+                out, said = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+                process = stack.enter_context(
+                    subprocess.Popen(
+                        command,
+                        env=self._environment(),
+                        stdin=subprocess.PIPE,
+                        stdout=out,
+                        stderr=said,
+                        restore_signals=False,  # a file that is too large is an error then, not a signal
+                        process_group=0,
+                    )
+                )
+            except OSError as error:
+                raise SourceFailed(f"git cannot be started: {error.strerror}") from error
+            try:
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (room, room))
+                if self._scheme != "file":  # there the server is a child of this process, and is trusted
+                    resource.prlimit(process.pid, resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
+                process.communicate(b"go\n", timeout=self._timeout * patience)
+            except subprocess.TimeoutExpired as error:
+                raise SourceFailed(f"{self._url}: git {arguments[0]} took too long") from error
+            finally:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            said.seek(0)
+            words = said.read(_SMALL)
+            if process.returncode != 0:
+                raise self._failed(arguments[0], process.returncode, words)
+            out.seek(0)
+            return out.read()
+
+    def _failed(self, verb: str, code: int, said: bytes) -> SourceFailed:
+        lines = said.decode(errors="replace").strip().splitlines()
+        why = next((line for line in lines if line.startswith(("fatal:", "error:"))), "")
+        reason = "unreachable"
+        if os.strerror(errno.EFBIG).encode() in said:
+            reason, why = (
+                "too_large",
+                "there is more than may be fetched (updates.max_bundle_bytes and 64 MB)",
+            )
+        elif os.strerror(errno.ENOSPC).encode() in said:
+            reason = "disk_full"
+        return SourceFailed(f"{self._url}: git {verb}: {why[:300] or code}", reason=reason)
 
     def _command(self, *, alone: bool = False) -> list[str]:
         settings = {
@@ -166,6 +228,10 @@ class GitSource:
             f"protocol.{self._scheme}.allow": "always",
             "core.hooksPath": os.devnull,
             "gc.auto": "0",
+            "fetch.unpackLimit": "1",  # one pack, one file: what is limited is files
+            "core.bigFileThreshold": "4m",  # larger ones are streamed, not held in memory
+            "core.deltaBaseCacheLimit": "16m",
+            "pack.threads": "1",
             "maintenance.auto": "false",
             "http.lowSpeedLimit": "1",
             "http.lowSpeedTime": str(max(1, round(self._timeout))),

@@ -97,6 +97,7 @@ class Access(msgspec.Struct, frozen=True):
     client_certificate: str = ""
     client_key: str = ""
     cache: str = ""  # a folder that a source may fill, and that survives
+    cache_bytes: int = 512 << 20  # as far as that
     credentials: str = ""  # a file: what an OCI registry is told
 
 

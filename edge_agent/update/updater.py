@@ -75,6 +75,7 @@ _WATCH_SECONDS: Final = 1.0  # between two looks at a release on probation
 _LONGEST_BACKOFF: Final = 900.0  # seconds between two tries of something that keeps failing
 _GRACE_SECONDS: Final = 5.0
 _GIT_COPY: Final = "git"  # folder of the store: the shallow copy of a git source
+_GIT_BESIDE: Final = 64 << 20  # bytes that such a copy may hold beside the members of one release
 _RELOAD_SECONDS: Final = 60.0  # between two tries to load again what is intact and does not run
 _SPARE_BYTES: Final = 16 << 20  # left free on the disk beside what an update needs: records, metrics queue
 
@@ -978,7 +979,8 @@ class Updater:
         config = self._config
         return Access(
             config.blobs, config.proxy, config.ca_file, config.client_certificate, config.client_key,
-            cache=str(self._store.layout.root / _GIT_COPY), credentials=config.credentials_file,
+            cache=str(self._store.layout.root / _GIT_COPY), cache_bytes=config.max_bundle_bytes + _GIT_BESIDE,
+            credentials=config.credentials_file,
         )  # fmt: skip
 
     def _interrupt(self) -> None:

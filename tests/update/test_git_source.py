@@ -13,6 +13,7 @@ import pytest
 from edge_agent.errors import ConfigError
 from edge_agent.update.git import GitSource
 from edge_agent.update.source import Access, SourceFailed, WithBlobs, open_source
+from tests.support.git_server import GitServer
 from tests.update.devices import Device, Publisher, StaticServer
 
 TIMEOUT = 20.0
@@ -49,8 +50,8 @@ def source(tmp_path: Path, origin: Path) -> GitSource:
     return opened(tmp_path, f"git+file://{origin}")
 
 
-def opened(tmp_path: Path, url: str) -> GitSource:
-    source = open_source(url, TIMEOUT, Access(cache=str(tmp_path / "copy")))
+def opened(tmp_path: Path, url: str, **access: int) -> GitSource:
+    source = open_source(url, TIMEOUT, Access(cache=str(tmp_path / "copy"), **access))  # type: ignore[arg-type]
     assert isinstance(source, GitSource)
     return source
 
@@ -182,3 +183,57 @@ def test_members_may_come_from_a_second_source(tmp_path: Path) -> None:
     assert source.read("file", 10) == b"signed"
     with source.stream("file", 0) as stream:
         assert b"".join(stream.chunks) == b"blobs"
+
+
+@pytest.mark.parametrize("files", [1, 50])
+def test_a_server_that_sends_too_much_fills_no_disk(tmp_path: Path, origin: Path, files: int) -> None:
+    """Whether as one file or as many: the pack is what is limited. It is asked for once."""
+    for number in range(files):
+        (origin / "repository" / f"noise-{number}").write_bytes(os.urandom((3 << 20) // files))
+    commit(origin)
+    with GitServer(origin) as server:
+        source = opened(tmp_path, f"git+{server.url}", cache_bytes=1 << 20)
+        for _ in range(3):
+            with pytest.raises(SourceFailed) as caught:
+                source.look(None)
+            assert caught.value.reason == "too_large"
+            assert not (tmp_path / "copy").exists()
+        assert server.fetches == 1
+        for noise in (origin / "repository").glob("noise-*"):
+            noise.unlink()
+        commit(origin)
+        assert source.look(None).etag == git(origin, "rev-parse", "HEAD"), "a better commit is followed"
+
+
+def test_what_was_fetched_before_counts(tmp_path: Path, origin: Path) -> None:
+    source = opened(tmp_path, f"git+file://{origin}", cache_bytes=1 << 20)
+    for _ in range(5):
+        (origin / "repository" / "noise").write_bytes(os.urandom(600 << 10))
+        commit(origin)
+        source.look(None)
+        assert sum(file.stat().st_size for file in (tmp_path / "copy").rglob("*") if file.is_file()) < 2 << 20
+
+
+def test_a_file_that_is_tiny_on_the_wire_and_huge_when_unpacked_is_refused_by_its_size(
+    tmp_path: Path, origin: Path
+) -> None:
+    with (origin / "repository" / "zeros").open("wb") as file:
+        file.truncate(300 << 20)  # more than a git process may hold in memory
+    commit(origin)
+    with GitServer(origin) as server:
+        source = opened(tmp_path, f"git+{server.url}", cache_bytes=4 << 20)
+        assert source.read("metadata/timestamp.json", 10) == b"one"
+        with pytest.raises(SourceFailed) as caught:
+            source.read("zeros", 1 << 20)
+        assert caught.value.reason == "too_large"
+        with source.stream("zeros", 0) as stream:
+            assert next(stream.chunks)[:1] == b"\0"
+
+
+def test_thousands_of_branches_are_not_read_into_memory(tmp_path: Path, origin: Path) -> None:
+    head = git(origin, "rev-parse", "HEAD")
+    names = sorted(f"refs/heads/{number}/refs/heads/main" for number in range(40_000))
+    (origin / ".git" / "packed-refs").write_text("".join(f"{head} {name}\n" for name in names))
+    with pytest.raises(SourceFailed) as caught:
+        opened(tmp_path, f"git+file://{origin}").look(None)
+    assert caught.value.reason == "too_large"
