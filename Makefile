@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-arm test-crash test-fuzz test-kill test-outage check bench format clean help
+.PHONY: demo test test-arm test-crash test-faults test-fuzz test-kill test-outage check bench format clean help
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -48,6 +48,10 @@ test-kill: $(STAMP)
 ## make test-crash   power cuts, kills and refusing disks at every file-system call of whole updates (about half an hour)
 test-crash: $(STAMP)
 	EDGE_CRASH=all $(BIN)/python -m pytest -q -s tests/update/test_crash_points.py
+
+## make test-faults   a model that raises, hangs, answers NaN or vanishes under 500 requests a second, 20 s each (about 4 minutes)
+test-faults: $(STAMP)
+	EDGE_FAULT_SECONDS=20 $(BIN)/python -m pytest -q -s tests/system/test_faults.py
 
 ## make test-fuzz   a million mutated HTTP messages at one agent (about 10 minutes)
 test-fuzz: $(STAMP)

@@ -110,11 +110,13 @@ class EngineConfig(_Section, frozen=True):
 class ServingConfig(_Section, frozen=True):
     """What an answer may take, and when a failing model is left alone."""
 
-    deadline_ms: Positive = 100.0
+    deadline_ms: Positive = 100.0  # the rules take over 5 % before it, at most 5 ms, to answer inside it
     max_pending_rows: Count = 4096  # rows waiting for the engine; beyond it requests are refused at once
     max_request_rows: Count = 1024
     breaker_failures: Count = 5  # consecutive failures that open the breaker
-    breaker_seconds: Positive = 5.0
+    breaker_seconds: Positive = (
+        5.0  # then one request tries the model, the others wait for what becomes of it
+    )
     max_sources: Count = 1000  # whose alarms over time are remembered, per model
     default_decision: Literal["pass", "fail"] = "fail"  # when neither model nor rules exist
 

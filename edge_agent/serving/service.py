@@ -61,6 +61,9 @@ _REASON_BY_STATE: Final[Mapping[str, str]] = {
 }
 _OCTAVES: Final = 10  # scores are counted by doublings, from 2**-10 to 2**10 times the threshold
 _MEMORY_PER_FILE: Final = 2  # onnxruntime keeps the weights and a packed copy of them
+# Of its time, so much of a request is left for the rules to answer inside it when the model is late.
+_RESERVED_SHARE: Final = 0.05
+_MOST_RESERVED: Final = 0.005  # seconds
 _FAULTS_OF_THE_MODEL: Final = frozenset({"model_error", "non_finite", "deadline", "breaker_open"})
 
 
@@ -190,6 +193,7 @@ class Service:
         self._engine = engine
         self._drift = drift
         self._metrics = metrics
+        self._limit = _inside(serving.deadline_ms / 1000)
         self._sessions = Sessions(engine)
         self._slots: dict[str, _Slot] = {}
         self._loading: set[asyncio.Task[None]] = set()
@@ -255,16 +259,18 @@ class Service:
         slot, release = self._find(model, version)
         feeds, rows = tensors.conform(release.manifest.inputs, inputs, self._serving.max_request_rows)
         now = slot.asked = time.monotonic()
-        limit = self._serving.deadline_ms / 1000 if deadline is None else deadline
+        limit = self._limit if deadline is None else _inside(deadline)
         reason = choose(Facts(slot.state, slot.killed, now < slot.open_until, limit))
         noted = None
         chosen = release
         if slot.split is not None and slot.release is not None:
             if version is None and slot.split.takes(source or key, feeds):
                 chosen = slot.split.release
-            release = (
-                slot.release
-            )  # its rules answer if need be, also where the candidate's version is wanted
+            release = slot.release  # its rules answer, also where the candidate's version is wanted
+        if slot.failures >= self._serving.breaker_failures and reason == "ok":
+            # Half open: this one tries, and the others wait for what becomes of it.
+            slot.open_until = now + self._serving.breaker_seconds
+            chosen = release
         if reason != "ok":
             if slot.history is not None:
                 noted = slot.history.note(source, _rows(release.manifest, feeds, rows), now)
@@ -688,6 +694,8 @@ class Service:
             for request in requests:
                 self._give_up(request, "model_error")
         else:
+            if slot.failures and slot.release is release:
+                slot.failures, slot.open_until = 0, 0.0
             try:
                 self._by_model(slot, release, requests, result)
             except Exception as error:  # a fault of ours: whoever was not told yet must not wait for ever
@@ -702,7 +710,7 @@ class Service:
         if slot.release is release:
             slot.failures += 1
             if slot.failures >= self._serving.breaker_failures:
-                # Half open after this time: one failure more opens it again, one success closes it.
+                # Half open after this time: one request tries, and its failure opens it again.
                 slot.open_until = time.monotonic() + self._serving.breaker_seconds
         elif (
             (split := slot.split) is not None
@@ -763,7 +771,6 @@ class Service:
                 scores, decision, took,
             ))  # fmt: skip
         if slot.release is release:
-            slot.failures = 0
             slot.rows += rows
             slot.failed_rows += failed_rows
             if slot.shadow is not None:
@@ -880,6 +887,11 @@ def _load(
         if len(baseline.features) == len(_features(bundle.manifest)):
             detector = DriftDetector(baseline, drift.window_rows)
     return rules, engine, inline, detector
+
+
+def _inside(deadline: float) -> float:
+    """How long the model may take, so that somebody answers inside the deadline."""
+    return deadline - min(deadline * _RESERVED_SHARE, _MOST_RESERVED)
 
 
 def _memory(manifest: Manifest) -> int:
