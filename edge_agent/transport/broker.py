@@ -204,7 +204,7 @@ class Connection(asyncio.Protocol):
         if not qos or not self._qos:
             self._send(topic, payload, 0, retain, properties)
             then(None)
-        elif len(self._on_its_way) >= self._window:
+        elif self._waiting or len(self._on_its_way) >= self._window:
             self._waiting.append((topic, payload, retain, properties, then))
         else:
             packet_id = self._next_id()

@@ -73,7 +73,7 @@ REMEMBER_REQUESTS: Final = 4096
 CALM_SECONDS: Final = 10.0  # without a fallback before its end is announced
 _MAX_TOPIC: Final = 1024  # bytes; the protocol allows 65,535, no topic of ours is near
 _NOT_IN_A_TOPIC: Final = re.compile(r"[+#\0]")
-_READ_BY_AGENTS: Final = ("/infer", "/predict", "/status", "/models", "/hold")
+_READ_BY_AGENTS: Final = ("/infer", "/input", "/predict", "/status", "/models", "/events", "/hold")
 _MAX_HOLDING: Final = 8  # messages about holds at a time; one is done in milliseconds
 _KEPT_PROPERTIES: Final = 256  # encoded properties of answers; there are as many as kinds of answers
 

@@ -174,6 +174,7 @@ class Parser:
             source += data
             if len(source) < self._needed:
                 return packets
+        self._needed = 2
         at, end = 0, len(source)
         while end - at >= 2:
             header = _length(source, at + 1, end)

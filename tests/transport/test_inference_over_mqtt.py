@@ -189,7 +189,15 @@ def test_a_malformed_request_is_answered_with_its_error(
 
 @pytest.mark.parametrize(
     "topic",
-    ["plant/plc/commands", "edgy/x", PREDICT, f"{ROOT}/status", "edge/line-2/v2/models/demo/infer"],
+    [
+        "plant/plc/commands",
+        "edgy/x",
+        PREDICT,
+        f"{ROOT}/status",
+        "edge/line-2/v2/models/demo/infer",
+        "edge/line-2/v2/models/demo/input",
+        "edge/line-2/events",
+    ],
 )
 def test_a_response_topic_outside_the_prefix_is_refused(
     agent: Agent, mosquitto: Mosquitto, topic: str

@@ -69,6 +69,20 @@ def test_a_message_is_read_as_it_was_written_however_it_is_cut(
         assert [(name.decode(), value.decode()) for name, value in message.user] == user
 
 
+def test_every_packet_comes_with_its_last_byte_wherever_it_is_cut() -> None:
+    messages = [
+        wire.publish("a", b"x" * size, packet_id=0, retain=False, properties=None) for size in (30, 0, 9)
+    ]
+    ends = list(itertools.accumulate(map(len, messages)))
+    data = b"".join(messages)
+    for places in itertools.combinations(range(1, len(data)), 3):
+        parser, fed, seen = Parser(MOST), 0, 0
+        for piece in cut(data, list(places)):
+            fed += len(piece)
+            seen += len(parser.feed(piece))
+            assert seen == sum(end <= fed for end in ends), places
+
+
 @given(data=st.binary(max_size=400), places=st.lists(st.integers(0, 400), max_size=6))
 def test_any_bytes_give_the_same_however_they_are_cut(data: bytes, places: list[int]) -> None:
     def outcome(pieces: list[bytes]) -> tuple[list[Packet], bool]:
