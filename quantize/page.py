@@ -135,7 +135,8 @@ def _curve(facts: Mapping[str, Any]) -> str:
         (
             point["bytes"],
             point["sqnr"],
-            f"pruned to {point['share']:.0%} of the weights",
+            f"pruned to {point['share']:.0%} of the weights"
+            + (", distilled" if point.get("distilled") else ""),
             "pruned",
             point.get("auc"),
         )

@@ -189,6 +189,7 @@ def _pruning(pruned: Pruned) -> dict[str, Any]:
                 "sqnr": point.comparison.sqnr,
                 "agreement": point.comparison.agreement,
                 "auc": point.comparison.auc,
+                "distilled": point.distilled,
                 "chosen": point is pruned.chosen,
             }
             for point in pruned.curve

@@ -10,12 +10,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from quantize import compare, runtime
+from quantize.channels import MULTIPLE, find_groups
 from quantize.config import Budget, PrepareConfig, ShrinkConfig
 from quantize.data import load_rows
 from quantize.errors import BadModel
 from quantize.load import load_model
 from quantize.prepare import PreparedModel, prepare
-from quantize.prune import MULTIPLE, Sizes, allocate, find_groups, pivoted, prune, ridge
+from quantize.prune import prune
+from quantize.repair import ridge
+from quantize.widths import Sizes, allocate, pivoted
 from tests.quantize import models
 
 
@@ -279,3 +282,13 @@ def test_other_sizes_are_refused(text: str) -> None:
 def test_a_share_to_prune_lies_between_zero_and_one(text: str) -> None:
     with pytest.raises(ValueError, match="expected none, auto or a share"):
         ShrinkConfig.parse_prune(text)
+
+
+def test_no_group_could_be_wider_inside_the_target(tmp_path: Path) -> None:
+    data = models.write_rows(tmp_path / "x.npz", models.rows(50))
+    model, _ = prepared(low_rank(tmp_path / "m.onnx", width=2048), data)
+    groups = find_groups(model.proto)
+    sizes = Sizes(model.proto, groups)
+    target = sizes.bytes([1300])
+    widths = allocate(groups, [np.linspace(1, 0, 2049)], sizes.bytes, target)
+    assert sizes.bytes(widths) <= target < sizes.bytes([widths[0] + MULTIPLE])
