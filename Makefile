@@ -41,9 +41,9 @@ format: $(STAMP)
 clean:
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
-## make test-kill   kill -9 of an agent at 200 random moments of updates under load (about 15 minutes)
+## make test-kill   kill -9 of an agent at 500 random moments of updates under load (about half an hour)
 test-kill: $(STAMP)
-	EDGE_KILLS=200 $(BIN)/python -m pytest -q -s tests/system/test_kill.py
+	EDGE_KILLS=500 $(BIN)/python -m pytest -q -s tests/system/test_kill.py
 
 ## make test-crash   power cuts, kills and refusing disks at every file-system call of whole updates (about half an hour)
 test-crash: $(STAMP)
@@ -53,9 +53,9 @@ test-crash: $(STAMP)
 test-faults: $(STAMP)
 	EDGE_FAULT_SECONDS=20 $(BIN)/python -m pytest -q -s tests/system/test_faults.py
 
-## make test-fuzz   a million mutated HTTP messages at one agent (about 10 minutes)
+## make test-fuzz   a million mutated HTTP and as many MQTT messages at one agent each (about 30 minutes)
 test-fuzz: $(STAMP)
-	EDGE_FUZZ_MESSAGES=1000000 $(BIN)/python -m pytest -q -s tests/system/test_http_fuzz.py
+	EDGE_FUZZ_MESSAGES=1000000 $(BIN)/python -m pytest -q -s tests/system/test_http_fuzz.py tests/system/test_mqtt_fuzz.py
 
 ## make test-arm   golden vectors under emulated Cortex-A53, A76 and max (qemu-user-static and mmdebstrap; 230 MB the first time)
 ARM_LANE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edge-inference/arm64

@@ -1,6 +1,6 @@
 """kill -9 of a real agent at random moments of real updates under load.
 
-``EDGE_KILLS`` says how often; ``make test-kill`` takes 200, the normal suite a bounded sample.
+``EDGE_KILLS`` says how often; ``make test-kill`` takes 500, the normal suite a bounded sample.
 """
 
 from __future__ import annotations
