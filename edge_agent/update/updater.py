@@ -50,6 +50,7 @@ from edge_agent.store.fs import explained
 from edge_agent.store.state import Rejected, UpdateRecord
 from edge_agent.store.store import Store
 from edge_agent.telemetry.metrics import AgentMetrics
+from edge_agent.update import polls
 from edge_agent.update.child import Hands, child_process, this_process
 from edge_agent.update.holds import NOT_HELD, Hold, Holds
 from edge_agent.update.ledger import InShadow, Ledger, UpdateOutcome, result_of
@@ -66,13 +67,13 @@ from edge_agent.update.policy import (
     judge,
     judge_shadow,
 )
+from edge_agent.update.polls import Backoff
 from edge_agent.update.serving import ServedRows, Serving, ServingStatus
 from edge_agent.update.source import Access, Seen, Source, open_source
 
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS: Final = 1.0  # between two looks at a release on probation
-_LONGEST_BACKOFF: Final = 900.0  # seconds between two tries of something that keeps failing
 _GRACE_SECONDS: Final = 5.0
 _GIT_COPY: Final = "git"  # folder of the store: the shallow copy of a git source
 _GIT_BESIDE: Final = 64 << 20  # bytes that such a copy may hold beside the members of one release
@@ -92,24 +93,6 @@ _WEIGHT: Final = (
     Result.REJECTED, Result.FAILED_NO_STATE_CHANGE, Result.FAILED_ROLLBACK_COMPLETE,
     Result.FAILED_UNABLE_TO_ROLLBACK,
 )  # fmt: skip
-
-
-@dataclass(slots=True)
-class _Backoff:
-    """When to try again what failed. Doubles, with jitter, up to a limit."""
-
-    interval: float
-    rng: random.Random
-    failures: int = 0
-    not_before: float = float("-inf")  # monotonic
-
-    def failed(self, now: float) -> None:
-        self.failures += 1
-        wait = min(self.interval * 2 ** min(self.failures, 10), max(_LONGEST_BACKOFF, self.interval))
-        self.not_before = now + wait * self.rng.uniform(0.5, 1.0)
-
-    def succeeded(self) -> None:
-        self.failures, self.not_before = 0, float("-inf")
 
 
 @dataclass(slots=True)
@@ -172,14 +155,14 @@ class Updater:
         self._ledger = Ledger(store, metrics, now, monotonic)
         self._models = self._ledger.models
         self._known = _Known()
-        self._retry = _Backoff(config.interval_seconds, self._rng)
+        self._retry = Backoff(config.interval_seconds, self._rng)
 
     # The story
 
     async def run(self) -> None:
         """Follow the repository and watch releases on probation, until cancelled. Never raises by itself."""
-        spread = self._config.interval_seconds * self._config.jitter
-        poll_at = self._monotonic() + self._rng.uniform(0.0, spread)  # a site does not ask all at once
+        pauses = polls.pauses(self._config.interval_seconds, self._config.jitter, self._rng)
+        poll_at = self._monotonic() + next(pauses)
         while True:
             due = self._monotonic() >= poll_at
             try:
@@ -192,8 +175,7 @@ class Updater:
                 logger.exception("the updater failed unexpectedly; it goes on")
                 self._retry.failed(self._monotonic())
             if due:
-                wait = self._config.interval_seconds + self._rng.uniform(-spread, spread)
-                poll_at = self._monotonic() + wait
+                poll_at = self._monotonic() + next(pauses)
             await asyncio.sleep(min(_WATCH_SECONDS, max(poll_at - self._monotonic(), 0.01)))
 
     async def run_once(self) -> UpdateOutcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_agent.contract.bundle import MODEL
+from edge_agent.contract.bundle import MODEL, write_bundle
 from edge_agent.errors import EngineError, UpdateRejected
+from edge_agent.store.state import Result
 from edge_agent.update.model_file import check_model
 from tests.support.bundles import tiny_bundle
+from tests.update.devices import Device, Publisher
 
 
 def model_with(nodes: list[onnx.NodeProto], tensors: list[onnx.TensorProto]) -> onnx.ModelProto:
@@ -125,3 +128,25 @@ def test_a_damaged_model_is_accepted_or_refused_and_nothing_else(
     (tmp_path / MODEL).write_bytes(data[: len(data) - cut] if cut % 3 == 0 else data)
     with contextlib.suppress(UpdateRejected, EngineError):
         check_model(tmp_path / MODEL, {"x", "y"})
+
+
+def test_a_release_that_reaches_out_of_its_bundle_is_rejected_for_good(tmp_path: Path) -> None:
+    publisher = Publisher(tmp_path / "fleet")
+    device = Device(tmp_path / "store", publisher)
+    good = tiny_bundle(tmp_path / "good", version="1.0.0")
+    members = {name: good.read(name) for name in good.manifest.members}
+    members[MODEL] = model_with([], [external("/etc/passwd")]).SerializeToString()
+    (tmp_path / "bad").mkdir()
+    bad = write_bundle(tmp_path / "bad", good.manifest, members)
+
+    async def scenario() -> None:
+        publisher.assign(publisher.publish_bundle(bad))
+        for again in range(2):
+            outcome = await device.updater.run_once()
+            assert (outcome.result, outcome.reason) == (Result.REJECTED, "external_data")
+            assert ("was rejected here before" in outcome.message) == bool(again)
+            await device.restart()
+        assert device.version() is None
+
+    asyncio.run(scenario())
+    device.store.close()

@@ -2,7 +2,6 @@
 
 A row says what happens *while* the fault lasts (which release ``current`` names, and what the device says of
 itself) and where it ends once the fault is gone. The fault strikes as soon as the state is on the disk.
-``shadowing`` has its own tests.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.contract.assignments import Mode
 from edge_agent.store import state as records
 from edge_agent.store.fs import TEMPORARY, Disk
 from edge_agent.store.state import State
 from tests.store.medium import Medium
 from tests.update.crash import MODEL, PROBATION, disappoint, prove, start
-from tests.update.devices import DEVICE, Device, Publisher
+from tests.update.devices import DEVICE, Device, Publisher, Shadowed
 
 PATIENCE = 30.0  # seconds for what takes milliseconds
 
@@ -104,6 +104,12 @@ ROWS = [
     Row(State.TESTING, Fault.NO_SPACE, OLD, "disk_full", (NEW, State.COMMITTED)),
     Row(State.TESTING, Fault.WRONG_SIGNATURE, NEW, "signature", (NEW, State.IDLE)),
     Row(State.TESTING, Fault.NETWORK_CUT, NEW, "unreachable", (NEW, State.COMMITTED)),
+    Row(State.SHADOWING, Fault.ERROR, OLD, "failed_no_state_change", (NEW, State.COMMITTED)),
+    Row(State.SHADOWING, Fault.KILLED, OLD, "succeeded", (NEW, State.COMMITTED)),
+    Row(State.SHADOWING, Fault.HANG, NEW, "succeeded", (NEW, State.IDLE)),
+    Row(State.SHADOWING, Fault.NO_SPACE, OLD, "succeeded", (NEW, State.COMMITTED)),
+    Row(State.SHADOWING, Fault.WRONG_SIGNATURE, NEW, "signature", (NEW, State.IDLE)),
+    Row(State.SHADOWING, Fault.NETWORK_CUT, NEW, "unreachable", (NEW, State.IDLE)),
     Row(State.ACTIVATING, Fault.ERROR, NEW, "failed_no_state_change", (NEW, State.COMMITTED)),
     Row(State.ACTIVATING, Fault.KILLED, NEW, "succeeded", (NEW, State.COMMITTED)),
     Row(State.ACTIVATING, Fault.HANG, NEW, "succeeded", (NEW, State.COMMITTED)),
@@ -193,10 +199,23 @@ def fleets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "fleet", folder / "nothing-new")
     publisher.assign(new, held=(DEVICE,))
     shutil.copytree(folder / "fleet", folder / "held")
+    publisher.assign_candidate(new, stable=old, mode=Mode.SHADOW)
+    shutil.copytree(folder / "fleet", folder / "shadow")
     publisher.assign(new)
     stranger = Publisher(folder / "stranger")
     stranger.assign(stranger.publish("9.9.9"))
     return folder
+
+
+async def agree(device: Device) -> None:
+    """What is in the shadow decides as what answers does, and then proves itself."""
+    device.serving.shadowed = Shadowed(1000, 1000, 0, 0.001, 0.001)
+    await device.updater.run_once()
+    await prove(device)
+
+
+_SHOWN = {State.HELD: "held", State.IDLE: "nothing-new", State.SHADOWING: "shadow"}
+_SETTLED = {State.ROLLING_BACK: disappoint, State.ROLLED_BACK: disappoint, State.SHADOWING: agree}
 
 
 class Site:
@@ -205,12 +224,12 @@ class Site:
     def __init__(self, folder: Path, fleets: Path, row: Row) -> None:
         self.folder, self.fleets, self.row = folder, fleets, row
         self.path, self.root = folder / "repository", fleets / "fleet" / "root.json"
-        self.show({State.HELD: "held", State.IDLE: "nothing-new"}.get(row.state, "fleet"))
+        self.show(_SHOWN.get(row.state, "fleet"))
         Medium(fleets / "store").live.write(folder / "store")
         self.trap = Trap(row.state, self.strike)
         self.image: Path | None = None
         self.device = Device(folder / "store", self, disk=self.trap, probation=PROBATION)  # type: ignore[arg-type]
-        self.settle = disappoint if row.state in (State.ROLLING_BACK, State.ROLLED_BACK) else prove
+        self.settle = _SETTLED.get(row.state, prove)
 
     def show(self, fleet: str) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -316,9 +335,6 @@ def test_state_matrix(tmp_path: Path, fleets: Path, row: Row) -> None:
 def test_every_state_meets_every_fault() -> None:
     resting = {State.IDLE, State.HELD, State.COMMITTED, State.ROLLED_BACK}
     expected = {
-        (state, fault)
-        for state in set(State) - {State.SHADOWING}
-        for fault in Fault
-        if not (fault is Fault.HANG and state in resting)
+        (state, fault) for state in State for fault in Fault if not (fault is Fault.HANG and state in resting)
     }
     assert {(row.state, row.fault) for row in ROWS} == expected
