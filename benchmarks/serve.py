@@ -7,7 +7,6 @@ is the same stack answering a constant. Throughput at several connections needs 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -20,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import models
+from benchmarks import models, mqtt
 from benchmarks.machine import describe, table
-from examples.demo.clients import HttpClient, Reply, ask_over_mqtt, predict_body
+from examples.demo.clients import HttpClient, Reply, predict_body
 from examples.demo.processes import Processes, free_port, listens, ours, tool, wait_until
 
 CASES = {"0.15 MB": [128, 32, 128], "6 MB": [2048, 1024, 64, 1024, 2048]}
@@ -85,12 +84,7 @@ def _measure(folder: Path, widths: list[int]) -> None:
         ]
         client.close()
         if mosquitto is not None:
-            replies = asyncio.run(
-                ask_over_mqtt(broker, "bench", [bodies[n % 200] for n in range(REQUESTS // 2)], mqtt5=True)
-            )
-            lines.append(
-                ["MQTT 5 through mosquitto, JSON", *_percentiles([reply.seconds for reply in replies])]
-            )
+            lines += _over_mqtt(processes, broker, agent.pid, bodies)
         print(table(["one connection", "p50 us", "p99 us", "p99.9 us"], lines))
         print(f"\nStart to listening {ready:.2f} s; RSS {_rss(agent.pid):.0f} MB after this load.\n")
         _throughput(folder, port, bodies[0])
@@ -107,6 +101,20 @@ def make_bundle(folder: Path, widths: list[int]) -> Path:
         check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     return folder / "out" / f"{NAME}-1.0.0"
+
+
+def _over_mqtt(processes: Processes, broker: int, agent: int, bodies: list[bytes]) -> list[list[str]]:
+    topic = "edge/bench/echo"
+    echo = processes.start("echo", _pinned(0, [sys.executable, "-m", "benchmarks.mqtt", str(broker), topic]))
+    bare = mqtt.measure(broker, echo.pid, topic, bodies, REQUESTS // 2)
+    processes.stop("echo")
+    served = mqtt.measure(broker, agent, "edge/bench/predict", bodies, REQUESTS // 2)
+    for what, trips in (("bare paho-mqtt echo", bare), ("agent", served)):
+        print(f"MQTT: {trips.processor_seconds * 1e6:.0f} us of processor time per message in the {what}.\n")
+    return [
+        ["a bare paho-mqtt echo through the same mosquitto", *_percentiles(bare.seconds)],
+        ["MQTT 5 through mosquitto, JSON", *_percentiles(served.seconds)],
+    ]
 
 
 def _bare(path: Path, rows: np.ndarray) -> list[float]:
