@@ -159,9 +159,10 @@ class MqttTransport:
     async def run(self) -> None:
         """Serve until cancelled, through every loss of the broker; without a spool, requests only."""
         async with contextlib.AsyncExitStack() as stack:
-            outbox = await asyncio.to_thread(self._open_outbox)
+            opening = asyncio.ensure_future(asyncio.to_thread(self._open_outbox))
+            stack.push_async_callback(_closed, opening)
+            outbox = await asyncio.shield(opening)  # ended meanwhile, what it opened is still closed
             if outbox is not None:
-                stack.callback(outbox.close)
                 self._stream = Stream(outbox, self._service, self._root, self._config.max_pending)
                 keep = asyncio.create_task(self._stream.keep(), name="mqtt decisions")
                 stack.push_async_callback(_ended, keep)
@@ -552,6 +553,12 @@ class MqttTransport:
         if topic.endswith(_READ_BY_AGENTS):
             raise InvalidInput(f"response topic {topic[:80]!r}: that is a topic of an agent, choose another")
         reply.topic = topic
+
+
+async def _closed(opening: asyncio.Future[Outbox | None]) -> None:
+    outbox = await opening
+    if outbox is not None:
+        await asyncio.to_thread(outbox.close)
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -15,7 +15,9 @@ it then carries the same ``sequence``.
 
 from __future__ import annotations
 
+import errno
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +73,8 @@ class Outbox:
     """
 
     def __init__(self, folder: Path, max_bytes: int, remembered: int) -> None:
+        self._lock = threading.Lock()
+        self._closed = False
         self._queue = Queue(folder, max_bytes, keep_newest=True)
         self._remembered = remembered
         self._next = 1
@@ -82,8 +86,10 @@ class Outbox:
             self._inputs = OrderedDict.fromkeys(last.inputs)
 
     def close(self) -> None:
-        """Close the files; what waits, waits."""
-        self._queue.close()
+        """Close the files; what waits, waits. A thread that writes is waited for, a later one is refused."""
+        with self._lock:
+            self._closed = True
+            self._queue.close()
 
     def __len__(self) -> int:
         """Records that wait."""
@@ -109,11 +115,13 @@ class Outbox:
             remembered[identity] = None
         while len(remembered) > self._remembered:
             remembered.popitem(last=False)
-        record = Record(self._next, tuple(decisions), tuple(remembered))
-        self._queue.append(_ENCODER.encode(record), len(decisions))
-        self._next += len(decisions)
-        self._inputs = remembered
-        return sum(self._queue.take_losses().values())
+        with self._lock:
+            self._insist()
+            record = Record(self._next, tuple(decisions), tuple(remembered))
+            self._queue.append(_ENCODER.encode(record), len(decisions))
+            self._next += len(decisions)
+            self._inputs = remembered
+            return sum(self._queue.take_losses().values())
 
     def oldest(self) -> tuple[int, Record] | None:
         """The record that waits longest, and its number to acknowledge it by."""
@@ -121,9 +129,15 @@ class Outbox:
             record = _read(waiting.data)
             if record is not None:
                 return waiting.sequence, record
-            self._queue.acknowledge(waiting.sequence)  # of an agent that wrote them otherwise
+            self.delivered(waiting.sequence)  # of an agent that wrote them otherwise
         return None
 
     def delivered(self, number: int) -> None:
         """The broker has every decision of a record."""
-        self._queue.acknowledge(number)
+        with self._lock:
+            self._insist()
+            self._queue.acknowledge(number)
+
+    def _insist(self) -> None:
+        if self._closed:  # its descriptor may be another file's by now
+            raise OSError(errno.EBADF, "the decisions are closed")

@@ -88,3 +88,16 @@ def test_a_record_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
     outbox.append([decision(0)], [(1, 1)])
     assert drain(outbox) == [(1, b"0")]
     outbox.close()
+
+
+def test_nothing_is_written_once_it_is_closed(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, BIG, 16)
+    outbox.append([decision(0)], [(1, 1)])
+    outbox.close()
+    with pytest.raises(OSError, match="the decisions are closed"):
+        outbox.append([decision(1)], [(2, 2)])
+    with pytest.raises(OSError, match="the decisions are closed"):
+        outbox.delivered(1)
+    again = Outbox(tmp_path, BIG, 16)
+    assert drain(again) == [(1, b"0")]
+    again.close()

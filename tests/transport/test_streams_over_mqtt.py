@@ -133,6 +133,25 @@ def test_without_a_place_for_decisions_requests_are_still_answered(
         assert peer.silent()
 
 
+def test_an_agent_that_ends_while_it_starts_leaves_no_file_open(
+    agent: Agent, mosquitto: Mosquitto, tmp_path: Path
+) -> None:
+    async def start_and_end(turns: int) -> None:
+        config = MqttConfig(port=mosquitto.port)
+        transport = MqttTransport(config, "line-1", agent.service, agent.metrics, spool=tmp_path / "spool")
+        task = asyncio.create_task(transport.run())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    for turns in range(1, 30):
+        agent.call(start_and_end(turns))
+    spool = str(tmp_path / "spool")
+    links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [link for link in links if str(link).startswith(spool)]
+
+
 class Plant:
     """Publishes numbered telemetry at a steady rate, whatever the broker does, and collects decisions."""
 
