@@ -7,7 +7,8 @@ The static form is QDQ as ONNX Runtime fuses it on ARM64 (docs/quantize.md says 
 - activations signed and asymmetric: after a Relu the zero point is -128 and the Relu disappears into it;
 - weights signed and symmetric, one scale per output channel unless told otherwise; bias int32 at
   (activation scale * weight scale);
-- a dense layer that nothing INT8 reads gives float: no rounding where none is needed.
+- a dense layer that nothing INT8 reads gives float: no rounding where none is needed;
+- a MaxPool is INT8 behind an INT8 convolution only.
 
 The dynamic form (MatMul, Gemm, LSTM) quantizes activations while running; weights are as in the static one.
 Conv has none: ConvInteger is slower than float on every CPU that was measured.
@@ -405,13 +406,19 @@ class _Writer:
         self._guarded = self._between_int8()
 
     def _between_int8(self) -> set[str]:
-        """The results of float layers that onnxruntime would make INT8 by itself.
+        """The results of float nodes that onnxruntime would make INT8 by itself.
 
         It quantizes the weights of any Conv or Gemm between a DQ and a Q (its WeightBiasQuantization), and a
-        layer that is float for its accuracy would be so in the file only. A Max with the lowest number keeps
-        the two apart.
+        layer that is float for its accuracy would be so in the file only; it moves a Q to the other side of
+        a MaxPool. A Max with the lowest number keeps the two apart.
         """
-        found = set()
+        found = {
+            node.output[0]
+            for node in self._graph.node
+            if node.op_type == "MaxPool"
+            and node.output[0] in self._sources
+            and node.input[0] not in self._sources
+        }
         for position, node in enumerate(self._graph.node):
             if (
                 node.op_type in _TAKEN_FOR_INT8
@@ -451,12 +458,30 @@ class _Writer:
             for source in self._wiring.sources(layer.activation):
                 if source not in self._recipe.ranges or not self._read_by_int8_only(chain[-1]):
                     break  # a float node reads it too, and shall read what float made
+                if self._wiring.producers[chain[-1]].op_type == "MaxPool" and not self._from_int8(source):
+                    break
                 chain.append(source)
             sources.update(dict.fromkeys(chain, chain[-1]))
         for layer in self._static.values():
             if layer.kind == "Conv":
                 sources.setdefault(layer.result, layer.result)
         return sources
+
+    def _from_int8(self, tensor: str) -> bool:
+        """Whether an INT8 convolution made it, perhaps with an activation function behind.
+
+        There MaxPool has the layout that its INT8 kernel is fast in. After float layers it has not, takes
+        thirty times as long as in float, and what it makes is less to quantize than what it reads.
+        """
+        wiring = self._wiring
+        while (node := wiring.producers.get(tensor)) is not None:
+            if wiring.positions[id(node)] in self._static:
+                return bool(node.op_type == "Conv")
+            inputs = [name for name in node.input if name and name not in wiring.weights]
+            if len(inputs) != 1:
+                return bool(node.op_type in _JOINS)
+            tensor = inputs[0]
+        return False
 
     def _read_by_int8_only(self, tensor: str) -> bool:
         wiring = self._wiring

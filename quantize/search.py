@@ -204,7 +204,7 @@ class _Search:
         self._float_path = folder / "fp32.onnx"
         onnx.save(model.proto, self._float_path)
         self._float_size = self._float_path.stat().st_size
-        fused = cost.arm_graph(self._float_path, folder / "arm.onnx")
+        fused = cost.fused_for(target, self._float_path, folder / "arm.onnx")
         self._float_seconds = cost.cost_of(fused, observed.sizes, target).seconds
         self._weights = {tensor.name: tensor for tensor in model.proto.graph.initializer}
 
@@ -216,6 +216,10 @@ class _Search:
 
     def attempts(self, wanted: Sequence[tuple[str, Recipe, onnx.ModelProto]]) -> list[_Trial | None]:
         """Write, load and run several; None for those that fail."""
+        # On x86 only unsigned activations have int8 kernels.
+        wanted = [
+            (name, replace(recipe, signed=not self._target.blocked), graph) for name, recipe, graph in wanted
+        ]
         named: list[tuple[str, Path]] = []
         for name, _, _ in wanted:
             again = sum(known == name or known.startswith(f"{name} (") for known in self._candidates)
@@ -497,7 +501,7 @@ class _Search:
         """The best of what is inside, then more careful ones, then FP32."""
         inside = [trial for trial in self._trials if trial.problem is None and trial.path.exists()]
         for trial in inside:
-            fused = cost.arm_graph(trial.path, self._folder / "arm.onnx")
+            fused = cost.fused_for(self._target, trial.path, self._folder / "arm.onnx")
             trial.seconds = cost.cost_of(fused, self._observed.sizes, self._target).seconds
             if trial.seconds > self._float_seconds:
                 trial.problem = (

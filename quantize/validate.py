@@ -296,7 +296,8 @@ def _latency(model: PreparedModel, int8: Int8Model, rows: Rows) -> Latency:
     feeds = next(runtime.batches(rows.take(np.arange(count)).inputs, count))
     session, timed = runtime.open_session(int8.path), "the bundle's model"
     recipe = int8.recipe
-    if recipe is not None and recipe.count(Mode.STATIC) and platform.machine() in ("x86_64", "AMD64"):
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    if x86 and recipe is not None and recipe.signed and recipe.count(Mode.STATIC):
         session = runtime.open_session(write_int8(int8.graph, int8.plan, recipe.twin()))
         timed = "a U8S8 twin (x86 has no fast S8S8 kernels)"
     fp32, chosen = in_turns((runtime.open_session(model.proto), session), feeds)

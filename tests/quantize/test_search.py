@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edge_agent.contract import bundle
+from edge_agent.contract import bundle, golden
 from quantize import compare, runtime
 from quantize.calibrate import RULES, Range, Sketch, calibrate
 from quantize.compare import Comparison
@@ -342,3 +342,39 @@ def test_an_embedding_table_is_int8_with_a_scale_for_every_row(tmp_path):
     onnx.save(write_int8(case.model.proto, plan, static_recipe(plan, {})), tmp_path / "int8.onnx")
     assert (tmp_path / "int8.onnx").stat().st_size < 0.3 * model.stat().st_size
     assert case.judge.selection(tmp_path / "int8.onnx").sqnr > 40
+
+
+def test_a_maxpool_behind_a_float_layer_stays_float(tmp_path):
+    """Its INT8 kernel is slow without an INT8 convolution in front; onnxruntime would move the Q there."""
+    data = models.write_rows(tmp_path / "images.npz", models.images(40))
+    case = Case(models.convolution(tmp_path / "m.onnx"), data)
+    plan = plan_of(case.model.proto)
+    recipe = static_recipe(plan, calibrate(case.model, plan.watched, case.rows).ranges())
+    first = plan.layers[0]
+    for modes, pooled in ((recipe.modes, "uint8"), ({**recipe.modes, first.node: Mode.FLOAT}, "float32")):
+        written = write_int8(case.model.proto, plan, replace(recipe.twin(), modes=modes))
+        fused = arm_graph(written, tmp_path / "arm.onnx").graph
+        pool = next(node for node in fused.node if node.op_type == "MaxPool")
+        maker = next(node for node in fused.node if pool.input[0] in node.output)
+        quantized = maker.op_type in ("QLinearConv", "QuantizeLinear")
+        assert quantized == (pooled == "uint8"), (maker.op_type, pooled)
+        expected = runtime.run_all(runtime.open_session(case.model.proto), case.rows.inputs)
+        got = runtime.run_all(runtime.open_session(written), case.rows.inputs)
+        assert compare.outputs(expected, got).sqnr > 20
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"), [("generic-arm64", TensorProto.INT8), ("x86-64", TensorProto.UINT8)]
+)
+def test_activations_are_signed_for_arm64_and_unsigned_for_x86(target, kind, tmp_path):
+    data = models.write_rows(tmp_path / "images.npz", models.images(64))
+    model = models.convolution(tmp_path / "m.onnx")
+    assert quantize(model, data, tmp_path / "out", "--target", target, "--quiet") == 0
+    made = bundle.open_bundle(tmp_path / "out" / "unit-1.2.3")
+    graph = onnx.load(made.member("model.onnx")).graph
+    points = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    kinds = {points[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert kinds == {kind}
+    vectors = golden.parse(made.read(golden.FILE_NAME))
+    # Sums of U8S8 saturate on processors without VNNI: other bits there.
+    assert (vectors.agreement is golden.Agreement.EXACT) == (kind == TensorProto.INT8)
