@@ -180,7 +180,12 @@ def test_control_c_leaves_nothing_behind(autoencoder, calibration, tmp_path):
     many = models.write_rows(tmp_path / "many.npz", np.tile(models.rows(500), (400, 1)))
     command = [sys.executable, "-m", "quantize.cli", str(autoencoder), "--calibration", str(many)]
     command += ["--name", "unit", "--version", "1.2.3", "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Whoever runs the tests in the background of a shell gives them, and their children, SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     while process.poll() is None and not any(out.iterdir()):
         pass
     process.send_signal(signal.SIGINT)

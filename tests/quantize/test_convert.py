@@ -137,6 +137,7 @@ def test_without_torch_a_pt2_says_how_to_install_it(tmp_path):
         load_model(tmp_path / "model.pt2", trust=True)
 
 
+@pytest.mark.timeout(600)  # exporting imports all of torch and takes a minute by itself on two cores
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch (extra torch) is not installed")
 def test_an_exported_pytorch_program_becomes_a_bundle(tmp_path):
     import torch
