@@ -93,6 +93,15 @@ class _NothingSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class _NothingTried:
+    """Neither is A/B."""
+
+    candidate: _Served = _Served(0, 0)
+    active: _Served = _Served(0, 0)
+    ended: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class _Prepared:
     bundle: Bundle
 
@@ -123,7 +132,7 @@ class ModelledServing:
         self._release: Release | None = None
         self._counters: ReleaseMetrics | None = None
         self._rows = self._fallback_rows = 0
-        self._killed = self._rejected = False
+        self._killed = self._rejected = self._split = False
         self._ok = self.metrics.request("http", "ok")
 
     async def prepare(self, bundle: Bundle) -> _Prepared:
@@ -162,6 +171,18 @@ class ModelledServing:
 
     async def end_shadow(self, model: str) -> None:
         """Nothing to end."""
+
+    def split(self, prepared: _Prepared, share: float) -> None:
+        """As a shadow: nothing is compared, so it goes live when its time is over."""
+        self._split = True
+
+    def split_report(self, model: str) -> _NothingTried | None:
+        """Nobody asked it anything."""
+        return _NothingTried() if self._split else None
+
+    def end_split(self, model: str) -> None:
+        """Nothing to end."""
+        self._split = False
 
     def degrade(self, model: str, state: str, reason: str) -> None:
         """It failed, and there is nothing to go back to: every answer comes from the rules."""

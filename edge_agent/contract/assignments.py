@@ -55,13 +55,25 @@ class Cohort(msgspec.Struct, frozen=True, omit_defaults=True):
         return isinstance(device, str) and (device in self.devices or place(self.salt, device) < self.share)
 
 
+class Split(msgspec.Struct, frozen=True):
+    """How long a candidate answers a share of a device's requests beside the release that answers the rest.
+
+    It goes live when it has answered ``requests``, or after ``seconds``, if it is no worse.
+    """
+
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    requests: Annotated[int, msgspec.Meta(ge=1)] = 1000
+    seconds: Annotated[float, msgspec.Meta(gt=0)] = 3600.0
+
+
 class Candidate(msgspec.Struct, frozen=True):
-    """The release under roll-out."""
+    """The release under roll-out. Agents that do not know ``ab`` do what ``mode`` says."""
 
     release: Release
     cohort: Cohort
     mode: Mode = Mode.ACTIVE
     rollout: str = ""  # the roll-out's id, for evidence
+    ab: Split | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelAssignment(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -92,6 +104,12 @@ class Share(msgspec.Struct, frozen=True):
     held: bool = False
     killed: bool = False
     minimum_version: Version | None = None
+    ab: Split | None = None
+
+    @property
+    def beside(self) -> bool:
+        """Whether the release first runs beside another one, and what answers is not replaced yet."""
+        return self.mode is Mode.SHADOW or self.ab is not None
 
 
 def place(salt: str, device: str) -> float:
@@ -116,7 +134,11 @@ def assigned(document: Assignments, model: str, device: str) -> Share | None:
     candidate = entry.candidate
     if candidate is not None and device in candidate.cohort:
         return msgspec.structs.replace(
-            share, release=candidate.release, mode=candidate.mode, rollout=candidate.rollout
+            share,
+            release=candidate.release,
+            mode=candidate.mode,
+            rollout=candidate.rollout,
+            ab=None if candidate.ab is msgspec.UNSET else candidate.ab,
         )
     return share
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
-from edge_agent.contract.assignments import Release
+from edge_agent.contract.assignments import Release, Split
 from edge_agent.contract.bundle import Bundle
 from edge_agent.contract.errors import ContractError
 from edge_agent.errors import BadRules, EngineError, SourceError, StoreError, UpdateRejected
@@ -77,11 +77,19 @@ class UpdateOutcome:
 
 @dataclass(frozen=True, slots=True)
 class InShadow:
-    """An admitted release that sees requests and answers none, ready to go live."""
+    """An admitted release that sees requests and answers a share of them (``ab``) or none, ready for more."""
 
     bundle: Bundle
     prepared: Any  # the serving side's
     since: float  # monotonic
+    ab: Split | None = None
+
+    @property
+    def doing(self) -> str:
+        """What it does, for people."""
+        if self.ab is None:
+            return "it sees requests without answering"
+        return f"it answers {self.ab.share:.3g} of the requests"
 
 
 @dataclass(slots=True)

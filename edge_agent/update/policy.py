@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from edge_agent.config import ProbationConfig, ShadowConfig
-from edge_agent.contract.assignments import Mode, Release, Share
+from edge_agent.contract.assignments import Release, Share, Split
 from edge_agent.contract.digest import Digest
 from edge_agent.contract.manifest import Manifest
 from edge_agent.contract.metric_names import LATENCY_BUCKETS
@@ -64,7 +64,7 @@ def decide(
         return Decision(
             Event.HOLD, None, "held", f"{release.version} waits: the assignments hold this device"
         )
-    if share.mode is Mode.SHADOW and current is None:
+    if share.beside and current is None:
         text = f"{release.version} waits: there is nothing yet that it could be compared with"
         return Decision(Event.HOLD, None, "shadow", text)
     if rejection is not None:
@@ -277,3 +277,41 @@ def judge_shadow(config: ShadowConfig, seen: Shadowed) -> tuple[Verdict, str, st
         took = f"a request takes {seen.seconds * 1e3:.2f} ms, {seen.active_seconds * 1e3:.2f} ms as it is"
         return Verdict.UNHEALTHY, "shadow_slow", took
     return Verdict.HEALTHY, "agreed", compared
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """How a candidate did that answers a share of the requests, and the release beside it meanwhile."""
+
+    elapsed: float  # seconds since it began
+    requests: int  # that the candidate got
+    rows: int
+    fallback_rows: int
+    non_finite_rows: int
+    now: Answered  # by the candidate
+    beside: Answered
+    ended: str = ""  # why it answers nothing more
+
+
+def judge_split(config: ProbationConfig, split: Split, seen: Tried) -> tuple[Verdict, str, str]:
+    """The verdict on a candidate that answers a share, its reason in one word and in one sentence.
+
+    What a release on probation is allowed, it is allowed; but it is compared with what answers at the same
+    time, not with what answered before.
+    """
+    if seen.ended:
+        return Verdict.UNHEALTHY, seen.ended, f"it failed too often in a row, after {seen.rows} rows"
+    over = seen.requests >= split.requests or seen.elapsed >= split.seconds
+    of = max(seen.rows, 1) if over else max(seen.rows, split.requests)
+    for reason, rows, most, text in (
+        ("fallback", seen.fallback_rows, config.max_fallback_ratio, "the rules had to answer"),
+        ("non_finite", seen.non_finite_rows, config.max_non_finite_ratio, "it answered NaN or infinity for"),
+    ):
+        if rows > most * of:
+            return Verdict.UNHEALTHY, reason, f"{text} {rows} of {seen.rows} rows"
+    if not over:
+        return Verdict.WAIT, "ab", f"{seen.requests} of {split.requests} requests answered"
+    worse = compare(config, seen.now, seen.beside)
+    if worse is not None:
+        return Verdict.UNHEALTHY, *worse
+    return Verdict.HEALTHY, "agreed", f"{seen.requests} requests in {seen.elapsed:.0f} s"

@@ -20,7 +20,15 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from edge_agent.config import EngineConfig, ProbationConfig, UpdatesConfig
-from edge_agent.contract.assignments import Assignments, Candidate, Cohort, Mode, ModelAssignment, Release
+from edge_agent.contract.assignments import (
+    Assignments,
+    Candidate,
+    Cohort,
+    Mode,
+    ModelAssignment,
+    Release,
+    Split,
+)
 from edge_agent.contract.bundle import MODEL, Bundle
 from edge_agent.contract.digest import Digest
 from edge_agent.serving.engine import Engine
@@ -106,6 +114,15 @@ class TalliedServing:
     async def end_shadow(self, name: str) -> None:
         self.shadows.pop(name, None)
 
+    def split(self, prepared: Bundle, share: float) -> None:
+        raise AssertionError("A/B is shown with the real service: tests/update/test_ab.py")
+
+    def split_report(self, name: str) -> None:
+        return None
+
+    def end_split(self, name: str) -> None:
+        pass
+
     def degrade(self, name: str, state: str, reason: str) -> None:
         self.states[name] = state
 
@@ -172,8 +189,15 @@ class Publisher:
         self.models[name] = ModelAssignment(stable=release, **more)
         self.sign()
 
-    def assign_candidate(self, release: Release, *, stable: Release | None, mode: Mode = Mode.ACTIVE) -> None:
-        candidate = Candidate(release, Cohort(devices=(DEVICE,)), mode, rollout="r1")
+    def assign_candidate(
+        self,
+        release: Release,
+        *,
+        stable: Release | None,
+        mode: Mode = Mode.ACTIVE,
+        ab: Split | msgspec.UnsetType = msgspec.UNSET,
+    ) -> None:
+        candidate = Candidate(release, Cohort(devices=(DEVICE,)), mode, rollout="r1", ab=ab)
         self.models["demo"] = ModelAssignment(stable=stable, candidate=candidate)
         self.sign()
 
