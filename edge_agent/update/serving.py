@@ -132,3 +132,10 @@ class Serving(Protocol):
     def statuses(self) -> Sequence[ServingStatus]:
         """Every model."""
         ...
+
+
+def status_of(serving: Serving | None, name: str) -> ServingStatus | None:
+    """What a model is doing; None before the agent has taken it up: then its pointer alone decides."""
+    if serving is None:
+        return None
+    return next((status for status in serving.statuses() if status.name == name), None)

@@ -10,7 +10,8 @@ Invariants:
 - nothing that goes wrong in here reaches serving: errors are results, with a reason, counted and logged;
 - nothing here blocks the event loop: hashing, fsync and the network run in threads or in the worker process.
 
-``run_once`` is the story: watch, look, check, and for each model decide (``policy.py``) and update.
+``run_once`` is the story: watch, look, check, and for each model decide (``policy.py``) and update. Going
+back is in ``roll_back.py``, what keeps the installed release right in ``upkeep.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import dataclasses
 import logging
 import platform
 import random
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -32,11 +32,10 @@ import msgspec
 
 from edge_agent import __version__
 from edge_agent.config import EngineConfig, UpdatesConfig
-from edge_agent.contract import manifest as manifests
 from edge_agent.contract.assignments import Mode, Release, Share
-from edge_agent.contract.bundle import Bundle, open_bundle, unpack
+from edge_agent.contract.bundle import Bundle, open_bundle
 from edge_agent.contract.digest import Digest
-from edge_agent.contract.errors import BadBundle, ContractError
+from edge_agent.contract.errors import ContractError
 from edge_agent.contract.manifest import Manifest
 from edge_agent.contract.version import Version
 from edge_agent.errors import (
@@ -46,8 +45,7 @@ from edge_agent.errors import (
     UnknownModel,
     UpdateRejected,
 )
-from edge_agent.store.fs import explained
-from edge_agent.store.state import Rejected, UpdateRecord
+from edge_agent.store.state import UpdateRecord
 from edge_agent.store.store import Store
 from edge_agent.telemetry.metrics import AgentMetrics
 from edge_agent.update import polls
@@ -68,8 +66,11 @@ from edge_agent.update.policy import (
     judge_shadow,
 )
 from edge_agent.update.polls import Backoff
-from edge_agent.update.serving import ServedRows, Serving, ServingStatus
+from edge_agent.update.roll_back import RollBack
+from edge_agent.update.serving import ServedRows, Serving, status_of
 from edge_agent.update.source import Access, Seen, Source, open_source
+from edge_agent.update.staging import make_folder, stage_local
+from edge_agent.update.upkeep import Upkeep, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,6 @@ _WATCH_SECONDS: Final = 1.0  # between two looks at a release on probation
 _GRACE_SECONDS: Final = 5.0
 _GIT_COPY: Final = "git"  # folder of the store: the shallow copy of a git source
 _GIT_BESIDE: Final = 64 << 20  # bytes that such a copy may hold beside the members of one release
-_RELOAD_SECONDS: Final = 60.0  # between two tries to load again what is intact and does not run
 _SPARE_BYTES: Final = 16 << 20  # left free on the disk beside what an update needs: records, metrics queue
 
 # Seen by running it here, and the same tomorrow. What its manifest already says is looked at anew each time,
@@ -85,7 +85,6 @@ _SPARE_BYTES: Final = 16 << 20  # left free on the disk beside what an update ne
 _PERMANENT: Final = frozenset(
     {"selftest", "too_slow", "no_golden", "engine", "rules", "external_data", "custom_operators"}
 )
-_NO_WAY_BACK: Final = ("no_previous", "corrupt_previous")
 
 # Weightiest last: what run_once reports for a device with several models.
 _WEIGHT: Final = (
@@ -154,6 +153,8 @@ class Updater:
         self._source: Source | None = None
         self._ledger = Ledger(store, metrics, now, monotonic)
         self._models = self._ledger.models
+        self._back = RollBack(store, serving, self._ledger, now)
+        self._upkeep = Upkeep(store, serving, self._ledger, self._back, monotonic)
         self._known = _Known()
         self._retry = Backoff(config.interval_seconds, self._rng)
 
@@ -191,7 +192,7 @@ class Updater:
 
     async def _is_due(self) -> bool:
         """Whether the worker must be started: something changed, broke, or is to be tried again."""
-        if await self._is_any_damaged():
+        if await self._upkeep.is_any_damaged():
             self._known.checked = False
         if await self._look_at_holds() is None and self._known.waits:
             self._known.checked = self._known.waits = False
@@ -276,7 +277,7 @@ class Updater:
         self._ledger.move(model, Event.POLL)
         current = self._store.pointer(model)
         hold = await self._look_at_holds()
-        decision = decide(share, current, await self._is_intact(model), tracked.record, hold)
+        decision = decide(share, current, await self._upkeep.is_intact(model), tracked.record, hold)
         self._known.waits |= hold is not None and decision.event is Event.HOLD
         if decision.event is not Event.NEW_RELEASE or share is None or wanted is None:
             self._ledger.move(model, decision.event)
@@ -294,7 +295,7 @@ class Updater:
         async with self._attempt(model, release) as attempt:
             logger.info("model %s: %s (%s) is assigned", model, release.version, release.digest.short)
             await self._begin(model, Event.NEW_RELEASE, release, share.rollout)
-            await asyncio.to_thread(_make_folder, staged)
+            await asyncio.to_thread(make_folder, staged)
             await hands.ask(ReadManifest(model, release, str(staged)))
             manifest = (await asyncio.to_thread(open_bundle, staged)).manifest
             self._refuse_unfit(model, manifest, share.minimum_version)
@@ -341,7 +342,7 @@ class Updater:
         if self._serving:
             self._serving.swap(prepared)
         tracked.active_since = self._monotonic()
-        tracked.proven = await asyncio.to_thread(_fingerprint, bundle)
+        tracked.proven = await asyncio.to_thread(fingerprint, bundle)
         self._ledger.move(model, Event.ACTIVATED)
         await self._ledger.save(model, tolerant=True)  # `activating` on disk resumes to the same
 
@@ -409,7 +410,7 @@ class Updater:
         for model, tracked in list(self._models.items()):
             record = tracked.record
             if record.state is State.ROLLING_BACK:
-                self._known.outcome = await self._go_back(model)
+                self._known.outcome = await self._back.go_back(model)
             elif record.state is State.SHADOWING and tracked.shadow is not None:
                 verdict, reason, message = self._judge_shadow(model, tracked.shadow)
                 if verdict is Verdict.UNHEALTHY:
@@ -426,7 +427,7 @@ class Updater:
                     self._known.outcome = outcome
                 elif verdict is Verdict.UNHEALTHY:
                     # Of a release that rotted on the disk nothing is known: it is repaired, not refused.
-                    self._known.outcome = await self._take_back(
+                    self._known.outcome = await self._back.take_back(
                         model, Event.UNHEALTHY, reason, message, reject=reason != "corrupt"
                     )
             # What was said and the disk refused to keep: a restart must not find the state before it.
@@ -434,7 +435,7 @@ class Updater:
 
     def _observe(self, model: str, candidate: Release) -> Observed:
         assert self._serving is not None
-        status = self._serving_status(model)
+        status = status_of(self._serving, model)
         served = self._serving.served(model) if status else None
         before = self._serving.served_before(model) if status else None
         return Observed(
@@ -448,92 +449,6 @@ class Updater:
             before=_answered(before) if before else None,
         )
 
-    async def _take_back(
-        self, model: str, event: Event, reason: str, message: str, *, reject: bool = True
-    ) -> UpdateOutcome:
-        """Go back to the release before, and refuse this one from now on if it is to blame."""
-        tracked = self._models[model]
-        release = tracked.record.candidate
-        if release is not None and reject:
-            logger.warning("model %s: %s is taken back: %s", model, release.version, message)
-            entry = Rejected(release.digest, release.version, reason, message, self._now())
-            tracked.record = tracked.record.rejecting(entry)
-        self._ledger.move(model, event)
-        await self._ledger.save(
-            model, tolerant=True
-        )  # a disk that refuses does not keep a bad model in service
-        return await self._go_back(model, reason, message)
-
-    async def _go_back(
-        self, model: str, reason: str = "aborted", message: str = "superseded"
-    ) -> UpdateOutcome:
-        """Carry out ``rolling_back``: idempotent, repeated until the disk lets it happen.
-
-        Where there is no way back, a release that failed answers nothing more: its rules do.
-        """
-        record = self._models[model].record
-        release = record.candidate
-        rejection = record.rejection(release.digest) if release else None
-        if rejection is not None:  # whatever was said then, also before a restart
-            reason, message = rejection.reason, rejection.message
-        result = _RESULT_OF_TAKING_BACK.get(reason, Result.FAILED_ROLLBACK_COMPLETE)
-        already = release is not None and self._store.pointer(model) != release.digest
-        try:
-            if not already:
-                previous = await asyncio.to_thread(self._way_back, model, record)
-                await self._swap_to(previous)
-                await asyncio.to_thread(self._store.roll_back, model)
-            else:
-                await self._swap_to(await asyncio.to_thread(self._store.current, model))
-        except (EdgeError, ContractError) as error:
-            why = getattr(error, "reason", "corrupt_previous")
-            text = f"{message}; and there is no way back: {error}"
-            if isinstance(error, StoreError) and why not in _NO_WAY_BACK:
-                # The old release answers already; its pointer is tried again with the next look.
-                self._ledger.count(model, Result.FAILED_UNABLE_TO_ROLLBACK, why, release)
-                return self._ledger.outcome(model, Result.FAILED_UNABLE_TO_ROLLBACK, why, text, release)
-            self._withdraw(model)
-            # As before it came: rules answer, and nothing was lost.
-            if why == "no_previous" and (rejection is not None or reason == "corrupt"):
-                text = f"{message}; no release was before it, so its rules answer"
-                return await self._ledger.finish(model, Event.ROLLED_BACK, result, reason, text)
-            return await self._ledger.finish(model, Event.FAIL, Result.FAILED_UNABLE_TO_ROLLBACK, why, text)
-        return await self._ledger.finish(model, Event.ROLLED_BACK, result, reason, message)
-
-    def _way_back(self, model: str, record: UpdateRecord) -> Bundle:
-        """The release to go back to.
-
-        Raises:
-            StoreError: there is none, or it was rejected here itself (``no_previous``), or it is damaged
-                (``corrupt_previous``).
-            UpdateRejected: it is below the signed floor.
-        """
-        previous = self._store.intact_previous(model)
-        version = previous.manifest.version
-        if (rejection := record.rejection(previous.digest)) is not None:
-            raise StoreError(
-                f"model {model}: the previous release {version} was rejected here ({rejection.reason}); "
-                "install another one",
-                reason="no_previous",
-            )
-        check_floor(version, record.minimum_version)
-        return previous
-
-    def _withdraw(self, model: str) -> None:
-        """Let the rules answer where what is current was rejected here; also before serving has begun."""
-        current = self._store.pointer(model)
-        rejection = self._models[model].record.rejection(current) if current else None
-        if rejection is not None and self._serving is not None:
-            self._serving.degrade(model, "rejected", rejection.message)
-
-    async def _swap_to(self, bundle: Bundle | None) -> None:
-        if bundle is None or self._serving is None:
-            return
-        status = self._serving_status(bundle.name)
-        if status is None or (status.state == "ready" and status.digest == bundle.digest):
-            return
-        self._serving.swap(await self._serving.prepare(bundle))
-
     async def _abandon(self, model: str, why: str) -> None:
         """Another release is wanted while one is on probation: first go back to one that proved itself."""
         tracked = self._models[model]
@@ -542,7 +457,7 @@ class Updater:
         if not has_previous:
             await self._ledger.finish(model, Event.SUPERSEDED, Result.ABORTED, "superseded", why)
             return
-        await self._take_back(model, Event.ROLL_BACK, "superseded", why, reject=False)
+        await self._back.take_back(model, Event.ROLL_BACK, "superseded", why, reject=False)
         if tracked.record.state is State.ROLLING_BACK:
             raise StoreError(f"model {model}: the roll-back is not finished", reason="rolling_back")
 
@@ -564,7 +479,7 @@ class Updater:
                 async with self._staging() as scratch, self._worker(scratch) as hands:
                     staged = scratch / "bundle"
                     limit = self._config.max_bundle_bytes
-                    bundle = await asyncio.to_thread(_stage_local, path, staged, limit)
+                    bundle = await asyncio.to_thread(stage_local, path, staged, limit)
                     model, release = bundle.name, Release(bundle.manifest.version, bundle.digest)
                     await self._ledger.track(model)
                     outcome = await self._install(model, release, bundle, hands)
@@ -581,7 +496,11 @@ class Updater:
     async def _install(self, model: str, release: Release, staged: Bundle, hands: Hands) -> UpdateOutcome:
         tracked = self._models[model]
         refused = tracked.record.rejection(release.digest) is not None
-        if self._store.pointer(model) == release.digest and not refused and await self._is_intact(model):
+        if (
+            self._store.pointer(model) == release.digest
+            and not refused
+            and await self._upkeep.is_intact(model)
+        ):
             message = f"{model} {release.version} is installed"
             return self._ledger.outcome(
                 model, Result.ALREADY_INSTALLED, "already_installed", message, release
@@ -626,14 +545,14 @@ class Updater:
             if tracked.record.state in RESTING or tracked.record.state is State.PROBATION:
                 try:
                     # What cannot succeed is refused before anything is said or done.
-                    await asyncio.to_thread(self._way_back, name, tracked.record)
+                    await asyncio.to_thread(self._back.way_back, name, tracked.record)
                 except (StoreError, UpdateRejected) as error:
                     return self._ledger.outcome(name, *result_of(error), str(error), release)
             if tracked.record.state is not State.ROLLING_BACK:
                 tracked.record = msgspec.structs.replace(tracked.record, candidate=release)
-                await self._take_back(name, Event.ROLL_BACK, "operator", "rolled back by an operator")
+                await self._back.take_back(name, Event.ROLL_BACK, "operator", "rolled back by an operator")
             else:
-                await self._go_back(name)
+                await self._back.go_back(name)
             last = tracked.record.last
             back = await asyncio.to_thread(self._store.current, name)
             if last is None or back is None or tracked.record.state is State.ROLLING_BACK:
@@ -736,12 +655,12 @@ class Updater:
             tracked.record = msgspec.structs.replace(tracked.record, starts=starts)
             await self._ledger.save(model, tolerant=True)
             if starts > 1 + self._config.probation.max_restarts:
-                await self._take_back(
+                await self._back.take_back(
                     model, Event.UNHEALTHY, "crash_loop", f"the agent ended {starts - 1} times on probation"
                 )
         elif tracked.record.state is State.ROLLING_BACK:
-            await self._go_back(model)
-        self._withdraw(model)
+            await self._back.go_back(model)
+        self._back.withdraw(model)
 
     async def _resume_activating(self, model: str, release: Release) -> None:
         """The self-test had passed; whether the pointer moved is unknown, and moving it again is harmless."""
@@ -791,7 +710,7 @@ class Updater:
         if record.state is State.ACTIVATING and moved:
             # A disk that cannot make the switch durable says nothing about the release.
             to_blame = not isinstance(error, StoreError)
-            return await self._take_back(model, Event.UNHEALTHY, reason, str(error), reject=to_blame)
+            return await self._back.take_back(model, Event.UNHEALTHY, reason, str(error), reject=to_blame)
         if record.state in BUSY and record.state is not State.ROLLING_BACK:
             return await self._ledger.finish(model, Event.FAIL, result, reason, str(error))
         return self._ledger.outcome(model, result, reason, str(error), release)
@@ -835,70 +754,6 @@ class Updater:
                 reason="disk_full",
             )
         return free - _SPARE_BYTES - needed
-
-    async def _is_any_damaged(self) -> bool:
-        """Whether the files of a current release changed on disk, or serving has lost its model."""
-        damaged = False
-        for model in await asyncio.to_thread(self._store.models):
-            await self._ledger.track(model)
-            if self._store.pointer(model) is None:
-                continue
-            known = self._models[model].damaged
-            if await self._is_intact(model):
-                await self._reload(model)
-            elif not known:
-                damaged = True  # once; where the repository cannot repair it, asking again would not help
-        return damaged
-
-    async def _is_intact(self, model: str) -> bool:
-        """Whether every byte of the current release is right; hashes only where a file has changed."""
-        tracked = self._models[model]
-
-        def look() -> tuple[Any, ...] | None:
-            try:
-                bundle = self._store.current(model)
-                if bundle is None:
-                    return None
-                print_ = _fingerprint(bundle)
-                if print_ != tracked.proven:
-                    bundle.verify()
-            except (ContractError, OSError) as error:
-                if not tracked.damaged:
-                    logger.warning("model %s: the current release is damaged on disk: %s", model, error)
-                return None
-            return print_
-
-        tracked.proven = await asyncio.to_thread(look)
-        tracked.damaged = tracked.proven is None and self._store.pointer(model) is not None
-        return tracked.proven is not None
-
-    async def _reload(self, model: str) -> None:
-        """Load an intact release that serving does not run: what broke it in memory may have passed."""
-        tracked = self._models[model]
-        status = self._serving_status(model)
-        if status is None or tracked.record.state in (State.PROBATION, State.ROLLING_BACK):
-            return
-        if status.state == "rejected":
-            return
-        right = status.state == "ready" and status.digest == self._store.pointer(model)
-        if right or status.state in ("loading", "unloaded"):
-            return
-        if self._monotonic() - tracked.reloaded < _RELOAD_SECONDS:
-            return
-        tracked.reloaded = self._monotonic()
-        try:
-            bundle = await asyncio.to_thread(self._store.current, model)
-            await self._swap_to(bundle)
-        except (EdgeError, ContractError) as error:
-            logger.warning("model %s: it is intact on disk and cannot be loaded: %s", model, error)
-        else:
-            logger.info("model %s: loaded again", model)
-
-    def _serving_status(self, model: str) -> ServingStatus | None:
-        """None before the agent has taken the model up: then the pointer alone decides what it will load."""
-        if self._serving is None:
-            return None
-        return next((status for status in self._serving.statuses() if status.name == model), None)
 
     # The repository
 
@@ -1019,52 +874,8 @@ _TRY_AGAIN: Final = frozenset(
         Result.ABORTED,
     }
 )
-_RESULT_OF_TAKING_BACK: Final = {
-    "operator": Result.SUCCEEDED,
-    "aborted": Result.ABORTED,
-    "superseded": Result.ABORTED,
-}
-
-
-def _fingerprint(bundle: Bundle) -> tuple[Any, ...]:
-    """What changes when a file is replaced, truncated or written to: cheap, and only a hint to hash again."""
-    return tuple(
-        (name, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        for name in (manifests.FILE_NAME, *sorted(bundle.manifest.members))
-        for stat in [(bundle.path / name).stat()]
-    )
 
 
 def _answered(served: ServedRows) -> Answered:
     by_model = max(served.rows - served.fallback_rows, 0)
     return Answered(by_model, served.failed_rows, tuple(served.latencies), tuple(served.scores))
-
-
-def _make_folder(path: Path) -> None:
-    with explained("create", path):
-        path.mkdir()
-
-
-def _stage_local(source: Path, folder: Path, max_bytes: int) -> Bundle:
-    """Copy an operator's bundle into the staging folder and verify the copy."""
-    _make_folder(folder)
-    if not source.is_dir():
-        try:
-            return unpack(source, folder)
-        except OSError as error:
-            raise BadBundle(
-                f"{source} cannot be read: {error.strerror}; give a bundle folder or .tar"
-            ) from error
-    bundle = open_bundle(source)
-    if bundle.manifest.size > max_bytes:
-        raise UpdateRejected(
-            f"{source}: {bundle.manifest.size} bytes, updates.max_bundle_bytes allows {max_bytes}",
-            reason="too_large",
-        )
-    bundle.verify()
-    with explained("copy to", folder):
-        for name in (manifests.FILE_NAME, *bundle.manifest.members):
-            shutil.copyfile(source / name, folder / name)
-    staged = open_bundle(folder)
-    staged.verify()
-    return staged
