@@ -143,6 +143,20 @@ def test_if_the_final_judgement_is_less_kind_the_next_more_careful_candidate_is_
     assert nothing.candidates[-1].name == "fp32"
 
 
+def test_few_rows_of_judgement_ask_for_a_margin_where_a_candidate_has_it(case, tmp_path):
+    careless = case.search(tmp_path / "careless", Budget(metric=Metric.SQNR, min_sqnr=0), fast=True)
+    careful = case.search(tmp_path / "careful", Budget(metric=Metric.SQNR, min_sqnr=28), fast=True)
+    just = case.judge.judge(careless.models[0].path, case.parts.judgement).comparison.sqnr
+    budget = Budget(metric=Metric.SQNR, min_sqnr=just - 0.5)
+    both = Found((careless.models[0], *careful.models))
+    taken = settle(both, case.judge, case.parts, budget)
+    assert taken.path == careful.models[0].path
+    passed_over = next(one for one in taken.candidates if one.name == careless.models[0].name)
+    assert passed_over.problem.startswith("nearly outside the budget")
+    alone = settle(Found((careless.models[0], careful.models[-1])), case.judge, case.parts, budget)
+    assert alone.path == careless.models[0].path
+
+
 @pytest.mark.parametrize(
     ("metric", "inside"),
     [
