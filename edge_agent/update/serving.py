@@ -71,6 +71,25 @@ class SeenInShadow(Protocol):
         ...
 
 
+class SeenInSplit(Protocol):
+    """What a candidate answered, and the release beside it meanwhile."""
+
+    @property
+    def candidate(self) -> ServedRows:
+        """By the candidate."""
+        ...
+
+    @property
+    def active(self) -> ServedRows:
+        """By the release beside it."""
+        ...
+
+    @property
+    def ended(self) -> str:
+        """Why the candidate answers nothing more; empty: it does."""
+        ...
+
+
 class ServingStatus(Protocol):
     """What one model is doing."""
 
@@ -119,6 +138,18 @@ class Serving(Protocol):
 
     async def end_shadow(self, name: str) -> None:
         """Let it see nothing more; it may still be swapped in."""
+        ...
+
+    def split(self, prepared: Any, share: float) -> None:
+        """Let it answer a sticky share of the requests beside the one that answers the rest."""
+        ...
+
+    def split_report(self, name: str) -> SeenInSplit | None:
+        """How both do; None where there is none."""
+        ...
+
+    def end_split(self, name: str) -> object:
+        """Let it answer nothing more; it may still be swapped in."""
         ...
 
     def degrade(self, name: str, state: Literal["rejected"], reason: str) -> None:

@@ -32,7 +32,7 @@ import msgspec
 
 from edge_agent import __version__
 from edge_agent.config import EngineConfig, UpdatesConfig
-from edge_agent.contract.assignments import Mode, Release, Share
+from edge_agent.contract.assignments import Release, Share, Split
 from edge_agent.contract.bundle import Bundle, open_bundle
 from edge_agent.contract.digest import Digest
 from edge_agent.contract.errors import ContractError
@@ -58,12 +58,14 @@ from edge_agent.update.policy import (
     Answered,
     Observed,
     Shadowed,
+    Tried,
     Verdict,
     check_fit,
     check_floor,
     decide,
     judge,
     judge_shadow,
+    judge_split,
 )
 from edge_agent.update.polls import Backoff
 from edge_agent.update.roll_back import RollBack
@@ -267,8 +269,8 @@ class Updater:
             candidate = tracked.record.candidate
             same = wanted is not None and candidate is not None and wanted.digest == candidate.digest
             held = (share is not None and share.held) or self._hold is not None
-            if wanted is None or held or (same and share is not None and share.mode is Mode.SHADOW):
-                text = "it sees requests without answering"
+            if wanted is None or held or (same and share is not None and share.beside):
+                text = tracked.shadow.doing if tracked.shadow else ""
                 return self._ledger.outcome(model, None, "shadow", text, candidate)
             if same:
                 return await self._promote(model)
@@ -311,8 +313,8 @@ class Updater:
             prepared = await self._proven(model, bundle, hands)
             if not repair and (hold := await self._look_at_holds()) is not None:
                 raise _Held(f"{release.version} waits: {hold}", hold.kind)
-            if share.mode is Mode.SHADOW and self._serving and not repair:
-                await self._begin_shadow(model, bundle, prepared)
+            if share.beside and self._serving and not repair:
+                await self._begin_shadow(model, bundle, prepared, share.ab)
             else:
                 await self._switch(model, bundle, prepared, Event.PASSED)
         return await self._end_of(attempt)
@@ -348,17 +350,27 @@ class Updater:
 
     # In the shadow
 
-    async def _begin_shadow(self, model: str, bundle: Bundle, prepared: Any) -> None:
+    async def _begin_shadow(self, model: str, bundle: Bundle, prepared: Any, ab: Split | None) -> None:
+        """Let it run beside what answers: answering a share, or none."""
         assert self._serving is not None
         await self._ledger.step(model, Event.SHADOW)
-        self._serving.shadow(prepared, self._config.shadow.share)
-        self._models[model].shadow = InShadow(bundle, prepared, self._monotonic())
-        logger.info("model %s: %s sees requests without answering", model, bundle.manifest.version)
+        if ab is None:
+            self._serving.shadow(prepared, self._config.shadow.share)
+        else:
+            self._serving.split(prepared, ab.share)
+        shadow = self._models[model].shadow = InShadow(bundle, prepared, self._monotonic(), ab)
+        logger.info("model %s: %s begins: %s", model, bundle.manifest.version, shadow.doing)
 
     def _shadow_as_dict(self, model: str) -> dict[str, Any] | None:
         shadow = self._models[model].shadow
         if shadow is None or self._serving is None:
             return None
+        if shadow.ab is not None:  # how both do is said where the models are
+            return {
+                "version": str(shadow.bundle.manifest.version),
+                "seconds": round(self._monotonic() - shadow.since, 1),
+                "share": shadow.ab.share,
+            }
         report = self._serving.shadow_report(model)
         return {
             "version": str(shadow.bundle.manifest.version),
@@ -372,6 +384,16 @@ class Updater:
 
     def _judge_shadow(self, model: str, shadow: InShadow) -> tuple[Verdict, str, str]:
         assert self._serving is not None
+        if shadow.ab is not None:
+            both = self._serving.split_report(model)
+            if both is None:
+                return Verdict.UNHEALTHY, "superseded", "what it ran beside was replaced"
+            its = both.candidate
+            tried = Tried(
+                self._monotonic() - shadow.since, sum(its.latencies), its.rows, its.fallback_rows,
+                its.non_finite_rows, _answered(its), _answered(both.active), both.ended,
+            )  # fmt: skip
+            return judge_split(self._config.probation, shadow.ab, tried)
         report = self._serving.shadow_report(model)
         seen = Shadowed(
             self._monotonic() - shadow.since, report.requests, report.rows, report.disagreeing_rows,
@@ -388,7 +410,10 @@ class Updater:
         async with self._attempt(model, tracked.record.candidate) as attempt:
             await self._serving.end_shadow(model)
             tracked.shadow = None
-            await self._switch(model, shadow.bundle, shadow.prepared, Event.AGREED)
+            try:
+                await self._switch(model, shadow.bundle, shadow.prepared, Event.AGREED)
+            finally:
+                self._serving.end_split(model)  # not before: who got the candidate goes on getting it
         return await self._end_of(attempt)
 
     async def _leave_shadow(self, model: str, result: Result, reason: str, message: str) -> UpdateOutcome:
@@ -396,6 +421,7 @@ class Updater:
         tracked = self._models[model]
         if self._serving:
             await self._serving.end_shadow(model)
+            self._serving.end_split(model)
         tracked.shadow = None
         if result is Result.REJECTED and tracked.record.candidate is not None:
             self._ledger.reject(model, tracked.record.candidate, reason, message)
@@ -414,7 +440,8 @@ class Updater:
             elif record.state is State.SHADOWING and tracked.shadow is not None:
                 verdict, reason, message = self._judge_shadow(model, tracked.shadow)
                 if verdict is Verdict.UNHEALTHY:
-                    self._known.outcome = await self._leave_shadow(model, Result.REJECTED, reason, message)
+                    result = Result.ABORTED if reason == "superseded" else Result.REJECTED
+                    self._known.outcome = await self._leave_shadow(model, result, reason, message)
                 elif verdict is Verdict.HEALTHY and await self._look_at_holds() is None:
                     logger.info("model %s: in the shadow, %s", model, message)
                     self._known.outcome = await self._promote(model)
@@ -699,7 +726,8 @@ class Updater:
             self._known.waits = True
             return self._ledger.outcome(model, None, error.reason, str(error), release)
         if error is None and record.state is State.SHADOWING:
-            text = "it sees requests without answering"
+            shadow = self._models[model].shadow
+            text = shadow.doing if shadow else ""
             return self._ledger.outcome(model, None, "shadow", text, release)
         if error is None:
             return self._ledger.outcome(model, None, "probation", "live, on probation", release)
