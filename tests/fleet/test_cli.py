@@ -67,7 +67,7 @@ def test_the_first_release_is_assigned_directly_a_folder_or_a_tar(
     assert code == 0
     assert json.loads(out) == {
         "model": "pump", "version": "1.0.0", "digest": first.digest, "new": True, "files": 2,
-        "bytes": first.manifest.size, "stable": True,
+        "bytes": first.manifest.size, "stable": True, "pushed_bytes": None,
     }  # fmt: skip
     code, _, err = run(capsys, "-C", plant, "publish", bundle(tmp_path / "b2", "2.0.0").path, "--stable")
     assert code == 1
