@@ -451,7 +451,9 @@ class MqttTransport:
             return True
         self._requests.pop(reply.key, None)
         self._requests[reply.key] = now + (REMEMBER_SECONDS if message.expiry is None else message.expiry)
-        while len(self._requests) > REMEMBER_REQUESTS or next(iter(self._requests.values())) <= now:
+        while self._requests:
+            if len(self._requests) <= REMEMBER_REQUESTS and next(iter(self._requests.values())) > now:
+                break
             self._requests.popitem(last=False)
         return False
 

@@ -28,7 +28,7 @@ ROOT = "edge/line-1"
 ANSWERS = "edge/fuzz/answers"
 BATCH = 63  # mutated messages before each right one
 MOST = 65536  # bytes of a payload; some are longer
-TIMEOUT = 30.0
+TIMEOUT = 120.0  # of a busy disk and machine, too
 
 
 class Client:
@@ -169,7 +169,7 @@ def _message(corpus: list[tuple[str, bytes, bytes]], rng: random.Random) -> byte
 @pytest.mark.timeout(7200)
 def test_mutated_messages_neither_kill_it_nor_fill_it(mosquitto: Mosquitto, tmp_path: Path) -> None:
     # On a busy machine the rules would answer for the model, rightly, when time runs out.
-    patient = {"deadline_ms": 1000 * TIMEOUT, "breaker_failures": 1_000_000_000}
+    patient = {"deadline_ms": 500 * TIMEOUT, "breaker_failures": 1_000_000_000}
     agent = AgentProcess(
         tmp_path / "agent",
         device="line-1",
@@ -192,7 +192,8 @@ def test_mutated_messages_neither_kill_it_nor_fill_it(mosquitto: Mosquitto, tmp_
                 f"{ROOT}/predict",
                 json.dumps({"features": row}).encode(),
             )
-            assert answer.get("score") == expected_score(np.array([row]))[0], answer
+            assert answer.get("reason") == "ok", answer
+            assert answer["score"] == expected_score(np.array([row]))[0], answer
             if not early and number >= MESSAGES // 4:
                 early = _resident(agent.pid)
         late = _resident(agent.pid)

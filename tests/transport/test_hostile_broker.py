@@ -21,6 +21,14 @@ LONG = b"\xff\xff\xff\x7f"  # 268,435,455 bytes are said to follow
 RNG = random.Random(5)
 MESSAGE = wire.publish(PREDICT, b'{"features": [1, 2', packet_id=3, retain=False, properties=b"")
 
+EXPIRED = wire.publish(
+    PREDICT,
+    b'{"features": [1, 2, 3, 4]}',
+    packet_id=3,
+    retain=False,
+    properties=wire.bytes_property(wire.CORRELATION, b"1") + wire.number_property(wire.EXPIRY, 0),
+)
+
 # What it says to a CONNECT, and then for ever; None: no more, but the connection stays.
 SAYINGS: dict[str, tuple[bytes, bytes | None]] = {
     "nothing and hangs up": (b"", b""),
@@ -44,6 +52,7 @@ SAYINGS: dict[str, tuple[bytes, bytes | None]] = {
     "a message without end": (
         ACCEPTED + SUBSCRIBED + b"\x32" + LONG + wire.counted(PREDICT.encode()), b"\0" * 65536,
     ),
+    "a request that has expired": (ACCEPTED + SUBSCRIBED + EXPIRED, b""),
     "goodbye": (ACCEPTED + SUBSCRIBED + b"\xe0\x01\x8e", b""),
 }  # fmt: skip
 ENOUGH = 48 << 20  # bytes of what has no end
