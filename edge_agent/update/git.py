@@ -199,6 +199,8 @@ class GitSource:
                 process.communicate(b"go\n", timeout=self._timeout * patience)
             except subprocess.TimeoutExpired as error:
                 raise SourceFailed(f"{self._url}: git {arguments[0]} took too long") from error
+            except OSError as error:
+                raise SourceFailed(f"git cannot be limited (prlimit): {error.strerror}") from error
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)  # and what it started
