@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.support.agents import AgentProcess, Stream
 from tests.support.bundles import tiny_bundle
 
 KILLS = int(os.environ.get("EDGE_KILLS", "6"))
-LONGEST_UPDATE = 2.5  # seconds from the assignment to the end of probation here; kills fall anywhere in it
+SHORTEST_UPDATE = 1.0  # seconds from an assignment to the end of probation, on an idle machine
 
 
 @pytest.mark.timeout(60 + 20 * KILLS)
@@ -54,12 +55,16 @@ def test_a_killed_agent_always_serves_after_restart_old_or_new_never_neither(tmp
     agent.start()
     agent.wait_for(version="1.0.0", source="model")
     seen = set()
+    assign(repository, releases[1])
+    began = time.monotonic()
+    agent.wait_for(version="2.0.0", source="model")
+    longest = max(SHORTEST_UPDATE, 2 * (time.monotonic() - began))  # kills fall anywhere in it, and after it
     try:
         with Stream(agent, [0.1, 0.2, 0.3, 0.4]) as stream:
             for number in range(KILLS):
-                target = releases[(number + 1) % 2]
+                target = releases[number % 2]
                 assign(repository, target)
-                threading.Event().wait(chance.uniform(0, LONGEST_UPDATE))  # the moment is the experiment
+                threading.Event().wait(chance.uniform(0, longest))  # the moment is the experiment
                 agent.kill()
                 agent.start()
                 answer = agent.wait_for(source="model")
