@@ -116,9 +116,7 @@ class Connection(asyncio.Protocol):
         self._v5 = login.v5
         self._receive = receive
         self._opened = opened
-        most = login.max_payload + (64 << 10)  # and its properties
-        self._parser = wire.Parser(most)
-        self._most = min(most, wire.LONGEST)
+        self._parser = wire.Parser(login.max_payload + (64 << 10))  # and its properties
         self._transport: asyncio.Transport | None = None
         self._accepted = self._loop.create_future()
         self._open = False
@@ -264,7 +262,7 @@ class Connection(asyncio.Protocol):
             return
         login = self._login
         properties = wire.number_property(wire.RECEIVE_MAXIMUM, self._window)
-        properties += wire.number_property(wire.MAXIMUM_PACKET_SIZE, self._most)
+        # No Maximum Packet Size: the broker would drop what is longer, and nobody would tell who asked.
         if not login.clean:
             properties += wire.number_property(wire.SESSION_EXPIRY, login.session_expiry)
         self._write(

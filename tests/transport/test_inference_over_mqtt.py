@@ -315,6 +315,18 @@ def test_a_payload_over_the_limit_is_refused_to_3_1_1_clients(agent: Agent, mosq
         assert json.loads(peer.receive().payload) == {"error": "payload: 1001 bytes, the limit is 1000"}
 
 
+def test_a_payload_far_over_the_limit_is_refused_to_who_sent_it(agent: Agent, mosquitto: Mosquitto) -> None:
+    agent.subscribe(mosquitto.port, max_payload_bytes=1000)
+    with connected(mosquitto, RESPONSE) as peer:
+        for number in range(30):  # more than are on their way at once
+            name = b"%d" % number
+            message = peer.ask(PREDICT, b" " * 300_000, CorrelationData=name)
+            assert (user(message)["status"], message.properties.CorrelationData) == ("400", name)
+            assert "payload: 300000 bytes, the limit is 1000" in message.payload.decode()
+            peer.send(PREDICT, {"features": ROW}, ResponseTopic=RESPONSE)
+            assert user(peer.receive())["status"] == "200"
+
+
 def test_an_unreadable_password_file_is_the_operators_error(agent: Agent) -> None:
     from edge_agent.config import MqttConfig
     from edge_agent.transport.mqtt import MqttTransport
