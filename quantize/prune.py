@@ -73,6 +73,7 @@ _MOST_COMPARED: Final = (
 _MOST_TARGETS: Final = 256  # outputs that sorting looks at; more are projected to this many
 _PROBE: Final = 1 / 3  # of its width is what a group is narrowed to, to see how much its curve means
 _MOST_PROBED: Final = 16  # groups; in longer chains all count the same
+_MOST_SKETCHED: Final = 8e6  # weights left in a point that is only there to be looked at
 _MIXED: Final = 3  # rows mixed of others, per calibration row
 
 
@@ -309,10 +310,11 @@ class _Work:
         return point if point.comparison.inside(budget) else self.refined(point)
 
     def sketch(self) -> None:
-        """A few more points, for the report."""
+        """A few more points, for the report: those that cost seconds."""
         full = self.sizes.bytes(self._full)
         for factor in (2.0, 4.0, 8.0):
-            self.try_size(math.ceil(full / factor))
+            if self.sizes.weights(self._full) / factor <= _MOST_SKETCHED:
+                self.try_size(math.ceil(full / factor))
 
     def smallest(self, budget: Budget) -> CurvePoint | None:
         """The smallest point inside the budget."""
