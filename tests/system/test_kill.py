@@ -72,7 +72,8 @@ def test_a_killed_agent_always_serves_after_restart_old_or_new_never_neither(tmp
                 seen.add(answer["version"] == target.version)
                 agent.wait_for(version=target.version, source="model")  # and the update ends where it should
         assert not stream.wrong
-        assert {source for source, _, _ in stream.answers} == {"model"}
+        # The rules answer where the machine is too busy for the model's deadline, and for nothing else.
+        assert {reason for _, reason, _ in stream.answers} <= {"ok", "deadline", "breaker_open"}
     finally:
         agent.stop()
     print(f"{KILLS} kills, restarted on the new release: {sorted(seen)}")
