@@ -152,7 +152,7 @@ class AgentMetrics:
         return generate_latest(self.registry)
 
     async def exposition_in_turns(self) -> bytes:
-        """The same, giving way after each family: all at once takes milliseconds on a small core."""
+        """The same, giving way after each family: at once it takes milliseconds on a small core."""
         parts = []
         for family in self.registry.collect():
             parts.append(generate_latest(_One(family)))
