@@ -305,10 +305,6 @@ class Service:
         """
         return self._find(model, version)[1].manifest
 
-    def explain(self, model: str | None, row: Tensor) -> list[str]:
-        """The rules' short reasons for one row: what a technician should look at."""
-        return self._find(model, None)[1].rules.explain(row)
-
     def alarms(self, name: str) -> dict[str, tuple[str, ...]]:
         """The rules' alarms over time that are active, by source; sources without are left out."""
         history = self._slot(name).history
