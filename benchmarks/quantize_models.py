@@ -142,10 +142,14 @@ def audio(count: int, seed: int) -> np.ndarray:
                 rate = recording.getframerate()
                 found = np.frombuffer(recording.readframes(recording.getnframes()), np.int16) / 32768
         steps = np.arange(0, len(found) - 1, rate / 16000)
-        heard.append(np.interp(steps, np.arange(len(found)), found) * chance.uniform(0.1, 1))
-        heard.append(np.zeros(int(chance.integers(1000, 16000))))
+        said = np.interp(steps, np.arange(len(found)), found) * chance.uniform(0.1, 1)
+        said = np.concatenate([said, np.zeros(int(chance.integers(1000, 16000)))])
+        said += chance.normal(0, 10 ** chance.uniform(-3.5, -1.5), len(said))
+        pieces = [said[start : start + 4096] for start in range(0, len(said), 4096)]
+        heard += [
+            pieces[index] for index in chance.permutation(len(pieces))[:4]
+        ]  # more of them, less of each
     sound = np.concatenate(heard)
-    sound = sound + chance.normal(0, 10 ** chance.uniform(-3.5, -1.5), len(sound))
     return np.stack([sound[row * 512 : row * 512 + 576] for row in range(count)]).astype(np.float32)
 
 
