@@ -99,13 +99,20 @@ class Tracked:
     record: UpdateRecord
     saved: UpdateRecord
     refused: bool = False  # the disk would not have `record`; it is tried again, and said once
-    active_since: float = 0.0  # monotonic: when the release on probation went live, or this process began
+    # Monotonic: when the release on probation went live, this process began, or another look at it ...
+    active_since: float = 0.0
+    look: int = 1  # ... of this number, from 1, ...
+    answered_before: tuple[int, ...] = ()  # ... before which these latencies were counted
     proven: tuple[Any, ...] | None = None  # the fingerprint of the release that was last hashed and right
     damaged: bool = False
     reloaded: float = float("-inf")  # monotonic: last try to load again
     self_test: SelfTest | None = None
     shadow: InShadow | None = None  # what sees requests without answering
     counted: tuple[Any, ...] = ()  # the last result that was counted: once per change, not per poll
+
+    def begin(self, now: float, latencies: tuple[int, ...] = (), look: int = 1) -> None:
+        """Probation is looked at from now on."""
+        self.active_since, self.answered_before, self.look = now, latencies, look
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for ``edge-agent status --json``."""

@@ -18,6 +18,7 @@ from edge_agent.update.holds import Hold
 from edge_agent.update.machine import Event, Result
 
 _ENOUGH: Final = 50  # rows or requests on either side; a share of fewer says little
+_LOOKS: Final = 3  # at a latency that is much worse: a device that is busy for a moment is no slow release
 _UNHURRIED: Final = 0.002  # seconds; what answers faster is not too slow, whatever it is compared with
 
 
@@ -125,6 +126,7 @@ class Verdict(enum.Enum):
     """What probation says."""
 
     WAIT = "wait"
+    AGAIN = "again"  # once more from here: what was seen may be the machine's doing
     HEALTHY = "healthy"
     UNHEALTHY = "unhealthy"
 
@@ -198,8 +200,9 @@ class Observed:
         state: the serving state of the model (``metric_names.MODEL_STATES``).
         right: whether what is served is the release on probation.
         non_finite_rows: of ``fallback_rows``, the ones where the model's result was not finite.
-        now: what it answered.
+        now: what it answered; its latencies are those of this look.
         before: what the release before had answered; None if nobody knows.
+        look: which one this is, from 1; another begins with ``AGAIN``, and ``seconds`` with it.
     """
 
     seconds: float
@@ -210,13 +213,15 @@ class Observed:
     non_finite_rows: int = 0
     now: Answered | None = None
     before: Answered | None = None
+    look: int = 1
 
 
 def judge(config: ProbationConfig, seen: Observed) -> tuple[Verdict, str, str]:
     """The verdict on a release on probation, its reason in one word and in one sentence.
 
     Unhealthy as soon as it is certain: when the failures are more than ``max_fallback_ratio`` allows for
-    all the requests it must answer, even if every further one went well.
+    all the requests it must answer, even if every further one went well. A latency that is much worse must be
+    so at ``_LOOKS`` looks one after the other.
     """
     if seen.state == "unloaded":
         return Verdict.WAIT, "unloaded", "an operator unloaded the model"
@@ -237,7 +242,9 @@ def judge(config: ProbationConfig, seen: Observed) -> tuple[Verdict, str, str]:
             "non_finite",
             f"it answered NaN or infinity for {seen.non_finite_rows} of {rows} rows",
         )
-    if (seen.seconds >= config.seconds and rows >= config.requests) or seen.seconds >= config.max_seconds:
+    fresh = seen.look == 1 or (seen.now is not None and sum(seen.now.latencies) >= config.requests)
+    full = seen.seconds >= config.seconds and rows >= config.requests and fresh
+    if full or seen.seconds >= config.max_seconds:
         if seen.fallback_rows > config.max_fallback_ratio * max(rows, 1):
             return (
                 Verdict.UNHEALTHY,
@@ -246,7 +253,8 @@ def judge(config: ProbationConfig, seen: Observed) -> tuple[Verdict, str, str]:
             )
         worse = compare(config, seen.now, seen.before) if seen.now and seen.before else None
         if worse is not None:
-            return Verdict.UNHEALTHY, *worse
+            again = worse[0] == "latency" and seen.look < _LOOKS
+            return Verdict.AGAIN if again else Verdict.UNHEALTHY, *worse
         return Verdict.HEALTHY, "healthy", f"{rows} rows in {seen.seconds:.0f} s"
     return Verdict.WAIT, "probation", f"{rows} of {config.requests} rows, {seen.seconds:.0f} s"
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import platform
 import random
@@ -343,7 +344,7 @@ class Updater:
         await asyncio.to_thread(self._store.activate, bundle)
         if self._serving:
             self._serving.swap(prepared)
-        tracked.active_since = self._monotonic()
+        tracked.begin(self._monotonic())
         tracked.proven = await asyncio.to_thread(fingerprint, bundle)
         self._ledger.move(model, Event.ACTIVATED)
         await self._ledger.save(model, tolerant=True)  # `activating` on disk resumes to the same
@@ -452,6 +453,10 @@ class Updater:
                     text = f"{record.candidate.version} proved itself: {message}"
                     outcome = await self._ledger.finish(model, Event.HEALTHY, Result.SUCCEEDED, reason, text)
                     self._known.outcome = outcome
+                elif verdict is Verdict.AGAIN:
+                    logger.info("model %s: %s; looking again", model, message)
+                    served = self._serving.served(model)
+                    tracked.begin(self._monotonic(), tuple(served.latencies), tracked.look + 1)
                 elif verdict is Verdict.UNHEALTHY:
                     # Of a release that rotted on the disk nothing is known: it is repaired, not refused.
                     self._known.outcome = await self._back.take_back(
@@ -465,15 +470,17 @@ class Updater:
         status = status_of(self._serving, model)
         served = self._serving.served(model) if status else None
         before = self._serving.served_before(model) if status else None
+        tracked = self._models[model]
         return Observed(
-            seconds=self._monotonic() - self._models[model].active_since,
+            seconds=self._monotonic() - tracked.active_since,
             rows=served.rows if served else 0,
             fallback_rows=served.fallback_rows if served else 0,
             state=status.state if status else "absent",
             right=status is not None and status.digest == candidate.digest,
             non_finite_rows=served.non_finite_rows if served else 0,
-            now=_answered(served) if served else None,
+            now=_answered(served, tracked.answered_before) if served else None,
             before=_answered(before) if before else None,
+            look=tracked.look,
         )
 
     async def _abandon(self, model: str, why: str) -> None:
@@ -659,7 +666,7 @@ class Updater:
 
     async def _resume(self, model: str) -> None:
         tracked = await self._ledger.track(model)
-        tracked.active_since = self._monotonic()
+        tracked.begin(self._monotonic())
         if tracked.record.killed and self._serving:
             self._serving.set_killed(model, killed=True)
         was, release = tracked.record.state, tracked.record.candidate
@@ -904,6 +911,10 @@ _TRY_AGAIN: Final = frozenset(
 )
 
 
-def _answered(served: ServedRows) -> Answered:
+def _answered(served: ServedRows, earlier: tuple[int, ...] = ()) -> Answered:
+    """What was answered; of the latencies, those after ``earlier`` ones were counted."""
     by_model = max(served.rows - served.fallback_rows, 0)
-    return Answered(by_model, served.failed_rows, tuple(served.latencies), tuple(served.scores))
+    latencies = tuple(
+        count - then for count, then in itertools.zip_longest(served.latencies, earlier, fillvalue=0)
+    )
+    return Answered(by_model, served.failed_rows, latencies, tuple(served.scores))

@@ -119,8 +119,38 @@ USUAL = Answered(1000, 50, histogram(_4=1000), histogram(_5=100))
 def test_probation_compares_with_the_release_before(now: Answered, reason: str | None) -> None:
     found = compare(CONFIG, now, USUAL)
     assert (found[0] if found else None) == reason
-    verdict = judge(CONFIG, Observed(60, 100, 0, "ready", True, now=now, before=USUAL))
+    verdict = judge(
+        CONFIG,
+        Observed(60, 100, 0, "ready", True, now=now, before=USUAL, look=3 if reason == "latency" else 1),
+    )
     assert verdict[:2] == ((Verdict.UNHEALTHY, reason) if reason else (Verdict.HEALTHY, "healthy"))
+
+
+SLOW = Answered(100, 5, histogram(_10=100), histogram(_5=60))
+
+
+@pytest.mark.parametrize(
+    ("look", "seconds", "now", "verdict"),
+    [
+        (1, 60, SLOW, Verdict.AGAIN),  # the machine may be busy
+        (2, 60, SLOW, Verdict.AGAIN),
+        (3, 60, SLOW, Verdict.UNHEALTHY),  # three times is no accident
+        (2, 59, SLOW, Verdict.WAIT),  # each look takes its time, ...
+        (2, 60, Answered(100, 5, histogram(_10=99)), Verdict.WAIT),  # ... and its requests
+        (2, 3600, Answered(100, 5, histogram(_10=99)), Verdict.AGAIN),
+        (2, 3600, Answered(100, 5, histogram(_10=9)), Verdict.HEALTHY),  # nobody asks: nothing is against it
+        (2, 60, USUAL, Verdict.HEALTHY),
+        (
+            1,
+            60,
+            Answered(100, 90, histogram(_4=100)),
+            Verdict.UNHEALTHY,
+        ),  # what it decides is not the machine's
+    ],
+)
+def test_a_slow_moment_is_looked_at_again(look: int, seconds: float, now: Answered, verdict: Verdict) -> None:
+    seen = Observed(seconds, 300, 0, "ready", True, now=now, before=USUAL, look=look)
+    assert judge(CONFIG, seen)[0] is verdict
 
 
 def test_what_answers_faster_than_two_milliseconds_is_not_too_slow() -> None:

@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import pytest
 from prometheus_client import CollectorRegistry
 
 from edge_agent.config import (
@@ -33,14 +34,24 @@ class Agent:
     """Store, service and updater, put together as app.run does."""
 
     def __init__(
-        self, folder: Path, publisher: Publisher, shadow: ShadowConfig | None = None, *, reads: bool = False
+        self,
+        folder: Path,
+        publisher: Publisher,
+        shadow: ShadowConfig | None = None,
+        *,
+        reads: bool = False,
+        probation: ProbationConfig | None = None,
+        engine: EngineConfig | None = None,
     ) -> None:
         self.store = Store.read(folder) if reads else Store.open(folder)
         self.metrics = AgentMetrics(CollectorRegistry(), "unit-1", "0.1.0")
-        self.service = Service(ServingConfig(deadline_ms=5000), EngineConfig(), DriftConfig(), self.metrics)
+        self.service = Service(
+            ServingConfig(deadline_ms=5000), engine or EngineConfig(), DriftConfig(), self.metrics
+        )
         config = UpdatesConfig(
             source=str(publisher.path), root=str(publisher.root), in_process=True, interval_seconds=0.05,
-            probation=ProbationConfig(seconds=0, requests=20), shadow=shadow or ShadowConfig(),
+            probation=probation or ProbationConfig(seconds=0, requests=20),
+            shadow=shadow or ShadowConfig(),
         )  # fmt: skip
         self.updater = Updater(config, "unit-1", self.store, self.service, self.metrics)
 
@@ -62,6 +73,41 @@ class Agent:
 
     def state(self) -> State:
         return self.store.record("demo").state
+
+
+def test_a_release_that_seems_slow_is_looked_at_three_times_before_it_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher = Publisher(tmp_path / "fleet")
+
+    async def scenario() -> None:
+        # Every request waits 3 ms for company; none may take a thousandth of what those before took.
+        agent = Agent(
+            tmp_path / "store", publisher, engine=EngineConfig(batch_delay_us=3000),
+            probation=ProbationConfig(seconds=0, requests=60, max_latency_ratio=0.001),
+        )  # fmt: skip
+        publisher.assign(publisher.publish("1.0.0"))
+        running = asyncio.create_task(agent.updater.run())
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while agent.service.running("demo") is None:
+                    await asyncio.sleep(0.01)
+                while agent.state() is not State.COMMITTED:
+                    await agent.ask(1)
+                publisher.assign(publisher.publish("2.0.0"))
+                while agent.store.record("demo").last_result != "failed_rollback_complete":
+                    await agent.ask(1)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            record = agent.store.record("demo")
+            agent.store.close()
+        assert record.last_reason == "latency"
+        assert [str(refused.version) for refused in record.rejected] == ["2.0.0"]
+        assert sum("looking again" in line.getMessage() for line in caplog.records) == 2
+
+    with caplog.at_level("INFO"):
+        asyncio.run(scenario())
 
 
 def test_a_swap_under_load_drops_nothing_and_a_bad_model_is_taken_back(tmp_path: Path) -> None:
