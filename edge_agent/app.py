@@ -145,6 +145,8 @@ async def run(
             events.event("agent_stopping", drain_seconds=DRAIN_SECONDS)
             await http.stop(DRAIN_SECONDS)
             background.cancel()
+        if store.writable:
+            await updater.stop()
     finally:
         store.close()
 

@@ -664,6 +664,14 @@ class Updater:
             except Exception:
                 logger.exception("model %s: its update is not resumed; what is current is served", model)
 
+    async def stop(self) -> None:
+        """The agent ends in good order: nothing against a release on probation, and not counted."""
+        for model, tracked in self._models.items():
+            record = tracked.record
+            if record.state is State.PROBATION and record.starts:
+                tracked.record = msgspec.structs.replace(record, starts=record.starts - 1)
+                await self._ledger.save(model, tolerant=True)
+
     async def _resume(self, model: str) -> None:
         tracked = await self._ledger.track(model)
         tracked.begin(self._monotonic())

@@ -256,3 +256,23 @@ def test_systemd_keeps_its_state_where_the_unit_says(tmp_path: Path) -> None:
     environment = {**os.environ, "STATE_DIRECTORY": str(tmp_path / "state")}
     done = run_cli("edge-agent", "status", "--json", env=environment)
     assert str(tmp_path / "state") in done.stdout + done.stderr
+
+
+def test_stops_in_good_order_say_nothing_against_a_release_and_kills_do(tmp_path: Path) -> None:
+    agent = AgentProcess(tmp_path / "agent", updates={"probation": {"requests": 1000000, "max_restarts": 2}})
+    bundle = tiny_bundle(tmp_path / "bundle")
+    assert run_cli("edge-agent", "install", bundle.path, "--config", agent.config).returncode == 0
+    for _ in range(5):
+        agent.start()
+        agent.wait_for(source="model")
+        assert agent.stop() == 0
+    for _ in range(2):
+        agent.start()
+        agent.wait_for(source="model")
+        agent.kill()
+    agent.start()
+    agent.wait_for(source="model")
+    agent.kill()
+    agent.start()
+    assert agent.wait_for(source="fallback")["reason"] == "rejected"
+    assert agent.stop() == 0
