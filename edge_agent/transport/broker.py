@@ -249,8 +249,13 @@ class Connection(asyncio.Protocol):
     async def close(self) -> None:
         """End the connection at once, without a word. Harmless when repeated."""
         self._fail(BrokerError("the connection was ended here"))
-        if self._transport is not None:
-            await self._over.wait()
+        if self._transport is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._over.wait()
+        if not self._over.is_set():  # uvloop tells nobody of a connection that is given up while it is made
+            self.connection_lost(None)
 
     # -- asyncio.Protocol ----------------------------------------------------------------------------------
 
