@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import socket
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.transport import broker
 from edge_agent.transport import mqtt_wire as wire
 from tests.support.services import Mosquitto, eventually, free_port
 from tests.transport.agent import Agent, Client
@@ -126,3 +128,24 @@ def test_it_comes_back_from_a_hostile_broker_to_a_good_one(agent: Agent, tmp_pat
                 assert b'"score":9.0' in peer.ask(PREDICT, {"features": ROW}).payload
         finally:
             good.stop()
+
+
+def test_a_connection_that_is_given_up_while_it_is_made_ends(agent: Agent) -> None:
+    hostile = Hostile(port := free_port(), b"", b"")
+
+    async def give_up(turns: int) -> bool:
+        login = broker.Login(
+            "127.0.0.1", port, v5=True, identifier="x", will=wire.Will("a", b"b"), username=None,
+            password=None, tls=None, keepalive=30, clean=True, session_expiry=0, receive_maximum=10, max_payload=1000,
+        )  # fmt: skip
+        task = asyncio.ensure_future(broker.connect(login, lambda *_: None, lambda *_: None))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=10)
+        return task.done()
+
+    try:
+        assert all(agent.call(give_up(turns)) for turns in range(8))
+    finally:
+        hostile.close()
