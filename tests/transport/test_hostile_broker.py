@@ -136,7 +136,8 @@ def test_a_connection_that_is_given_up_while_it_is_made_ends(agent: Agent) -> No
     async def give_up(turns: int) -> bool:
         login = broker.Login(
             "127.0.0.1", port, v5=True, identifier="x", will=wire.Will("a", b"b"), username=None,
-            password=None, tls=None, keepalive=30, clean=True, session_expiry=0, receive_maximum=10, max_payload=1000,
+            password=None, tls=None, keepalive=30, clean=True, session_expiry=0, receive_maximum=10,
+            max_payload=1000,
         )  # fmt: skip
         task = asyncio.ensure_future(broker.connect(login, lambda *_: None, lambda *_: None))
         for _ in range(turns):
