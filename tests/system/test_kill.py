@@ -41,16 +41,10 @@ def test_a_killed_agent_always_serves_after_restart_old_or_new_never_neither(tmp
             "source": str(repository.path),
             "root": str(root),
             "interval_seconds": 0.2,
-            # Neither a kill nor a busy test machine is the model's fault: those limits have their own tests.
-            "probation": {
-                "seconds": 0.3,
-                "requests": 5,
-                "max_seconds": 5,
-                "max_restarts": 1000,
-                "max_latency_ratio": 0,
-                "max_fallback_ratio": 1,
-            },
+            # A kill is not the model's fault here: the limit on restarts has its own test.
+            "probation": {"seconds": 0.3, "requests": 5, "max_seconds": 5, "max_restarts": 1000},
         },
+        serving={"deadline_ms": 5000},  # how long the machine takes is not what is looked at
     )
     agent.start()
     agent.wait_for(version="1.0.0", source="model")
@@ -72,8 +66,7 @@ def test_a_killed_agent_always_serves_after_restart_old_or_new_never_neither(tmp
                 seen.add(answer["version"] == target.version)
                 agent.wait_for(version=target.version, source="model")  # and the update ends where it should
         assert not stream.wrong
-        # The rules answer where the machine is too busy for the model's deadline, and for nothing else.
-        assert {reason for _, reason, _ in stream.answers} <= {"ok", "deadline", "breaker_open"}
+        assert {source for source, _, _ in stream.answers} == {"model"}
     finally:
         agent.stop()
     print(f"{KILLS} kills, restarted on the new release: {sorted(seen)}")
