@@ -51,10 +51,23 @@ def labelled(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return rows, labels
 
 
-def train(widths: tuple[int, ...], epochs: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Weights (in, out) and biases of a Relu autoencoder, by Adam on the mean squared error."""
+def train(
+    rows: np.ndarray, widths: tuple[int, ...], epochs: int, seed: int = 0, noise: float = 0.0
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Train a Relu autoencoder by Adam on the mean squared error.
+
+    Args:
+        rows: (n, features) float32, scaled.
+        widths: of the hidden layers.
+        epochs: passes over ``rows``.
+        seed: of weights, order and noise.
+        noise: standard deviation of what is added to a row that is to be given back without it.
+
+    Returns:
+        Weights (in, out) and biases of each layer.
+    """
     chance = np.random.default_rng(seed)
-    sizes = [SENSORS, *widths, SENSORS]
+    sizes = [rows.shape[1], *widths, rows.shape[1]]
     layers = [
         [
             (chance.standard_normal((a, b), np.float32) * np.float32((1 / (3 * a)) ** 0.5)),
@@ -64,19 +77,21 @@ def train(widths: tuple[int, ...], epochs: int, seed: int = 0) -> list[tuple[np.
     ]
     first = [[np.zeros_like(tensor) for tensor in layer] for layer in layers]
     second = [[np.zeros_like(tensor) for tensor in layer] for layer in layers]
-    rows = sensors(TRAINING, seed=1)
-    steps = epochs * (TRAINING // BATCH)
-    began, step = time.perf_counter(), 0
+    steps = epochs * (len(rows) // BATCH)
+    began, said, step = time.perf_counter(), 0.0, 0
     for epoch in range(epochs):
-        order, losses = chance.permutation(TRAINING), []
-        for start in range(0, TRAINING - BATCH + 1, BATCH):
+        order, losses = chance.permutation(len(rows)), []
+        for start in range(0, len(rows) - BATCH + 1, BATCH):
             step += 1
-            seen = [rows[order[start : start + BATCH]]]
+            clean = rows[order[start : start + BATCH]]
+            seen = [clean]
+            if noise:
+                seen = [clean + np.float32(noise) * chance.standard_normal(clean.shape, np.float32)]
             for index, (weight, bias) in enumerate(layers):
                 out = seen[-1] @ weight + bias
                 seen.append(np.maximum(out, 0) if index < len(layers) - 1 else out)
-            slope = (seen[-1] - seen[0]) * np.float32(2 / BATCH)
-            losses.append(float(((seen[-1] - seen[0]) ** 2).mean()))
+            slope = (seen[-1] - clean) * np.float32(2 / BATCH)
+            losses.append(float(((seen[-1] - clean) ** 2).mean()))
             rate = 1e-3 * min(1.0, step / 40) * 0.5 * (1 + np.cos(np.pi * step / steps))
             for index in range(len(layers) - 1, -1, -1):
                 gradients = (seen[index].T @ slope, slope.sum(axis=0))
@@ -85,7 +100,10 @@ def train(widths: tuple[int, ...], epochs: int, seed: int = 0) -> list[tuple[np.
                 for kind, gradient in enumerate(gradients):
                     _adam(layers[index][kind], first[index][kind], second[index][kind], gradient, step, rate)
         spent = time.perf_counter() - began
-        print(f"epoch {epoch + 1}/{epochs}: loss {np.mean(losses[-20:]):.4f}, {spent:.0f} s", flush=True)
+        if epoch == epochs - 1 or spent - said > 10:
+            said = spent
+            loss = np.mean(losses[-20:])
+            print(f"epoch {epoch + 1}/{epochs}: loss {loss:.4f}, {spent:.0f} s", file=sys.stderr, flush=True)
     return [(weight, bias) for weight, bias in layers]
 
 
@@ -109,6 +127,7 @@ def _adam(
 
 def write(path: Path, layers: list[tuple[np.ndarray, np.ndarray]]) -> None:
     """Gemm (transB) and Relu, as PyTorch exports it."""
+    features = layers[0][0].shape[0]
     nodes, weights, tensor = [], [], "x"
     for index, (weight, bias) in enumerate(layers):
         last = index == len(layers) - 1
@@ -124,8 +143,8 @@ def write(path: Path, layers: list[tuple[np.ndarray, np.ndarray]]) -> None:
     graph = helper.make_graph(
         nodes,
         "autoencoder",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", SENSORS])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", SENSORS])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", features])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", features])],
         weights,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -142,7 +161,7 @@ def made(folder: Path, name: str) -> Path:
         rows, labels = labelled(VALIDATION, seed=3)
         np.savez(target / "validation.npz", X=rows, y=labels)
         part = target / "model.part"
-        write(part, train(WIDTHS[name], EPOCHS[name]))
+        write(part, train(sensors(TRAINING, seed=1), WIDTHS[name], EPOCHS[name]))
         part.rename(target / "model.onnx")
     return target
 
