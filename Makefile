@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-arm test-crash test-faults test-fuzz test-kill test-outage check bench format clean help
+.PHONY: demo test test-arm test-crash test-faults test-fuzz test-kill test-operators test-outage check bench format clean help
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -62,6 +62,10 @@ ARM_LANE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edge-inference/arm64
 test-arm: $(STAMP)
 	tests/arm/lane.sh $(ARM_LANE) $(BIN)/python
 	EDGE_ARM_LANE=$(ARM_LANE) $(BIN)/python -m pytest -q tests/arm
+
+## make test-operators   every operator's model of onnx's own tests through quantize-model (about 20 minutes)
+test-operators: $(STAMP)
+	EDGE_OPERATORS=all $(BIN)/python -m pytest -q tests/quantize/test_models_of_strangers.py
 
 ## make test-outage   a broker away for a minute under 100 messages a second, the agent killed meanwhile (about 2 minutes)
 test-outage: $(STAMP)

@@ -171,8 +171,8 @@ def _golden_inputs(model: PreparedModel, calibration: Rows, impute: Impute) -> d
     chosen = {name: values[index] for name, values in calibration.inputs.items()}
     inputs = {name: values.copy() for name, values in next(runtime.batches(chosen, count)).items()}
     spec = model.inputs[0]
-    if len(model.inputs) > 1 or spec.datatype is not Datatype.FP32 or len(spec.shape) != 2:
-        return inputs
+    if spec.features is None:
+        return inputs  # not a table: nothing stands in for a missing value
     rows, everything = inputs[spec.name], calibration.inputs[spec.name]
     width = rows.shape[1]
     if impute is not Impute.NONE and count > _HOLES + _FAR:

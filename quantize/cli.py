@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,9 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QuantizeError as error:
         sys.stderr.write(f"quantize-model: {error}\n")
         return 1
+    except Exception as error:
+        # A model or data that nobody thought of: our fault, but the command keeps its promises.
+        if os.environ.get("EDGE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"quantize-model: {_unexpected(error)}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nquantize-model: interrupted, nothing was written\n")
         return 130
+
+
+def _unexpected(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return (
+        f"a fault of quantize-model, nothing was written ({text}): please report it with the model; "
+        "EDGE_TRACEBACK=1 shows where"
+    )
 
 
 def _build(arguments: argparse.Namespace) -> int:

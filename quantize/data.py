@@ -102,10 +102,11 @@ def load_data(
 def load_rows(path: Path, inputs: Sequence[Input], *, sample_bytes: int = SAMPLE_BYTES) -> Rows:
     """Read ``.npz``, ``.npy``, ``.csv`` or a folder of ``.npz``.
 
-    ``.npz``: an array per model input by its name, or ``X`` for a model with one; ``y`` the labels (1 = bad),
-    ``feature_names`` and ``units`` if there. ``.csv``: a header of feature names, then perhaps a row of
-    units; a column ``y`` or ``label`` is the labels; an empty cell is a missing value. A folder: its ``.npz``
-    files in the order of their names, whose rows may have different lengths where the model allows it.
+    ``.npz``: an array per model input by its name, or ``X`` for a model with one; ``y`` the labels (1 = bad;
+    ``label`` where an input is called ``y``), ``feature_names`` and ``units`` if there. ``.csv``: a header of
+    feature names, then perhaps a row of units; a column ``y`` or ``label`` is the labels; an empty cell is a
+    missing value. A folder: its ``.npz`` files in the order of their names, whose rows may have different
+    lengths where the model allows it.
 
     Args:
         path: the file or folder.
@@ -129,7 +130,9 @@ def load_rows(path: Path, inputs: Sequence[Input], *, sample_bytes: int = SAMPLE
         size = sum(array.bytes // array.dtype.itemsize * kept[name] for name, array in chosen.items())
         drawn = _draw(count, size, sample_bytes)
         values = {entry.name: _collect(path, chosen[entry.name], entry, drawn) for entry in inputs}
-        labels = _labels(path, arrays.get("y"), count, drawn)
+        # An input may have the labels' name; its array is not labels then.
+        known = any(array is arrays.get(_LABELS[0]) for array in chosen.values())
+        labels = _labels(path, arrays.get(_LABELS[1 if known else 0]), count, drawn)
         features, units, named = None, None, False
         if len(inputs) == 1 and inputs[0].tabular:
             width = inputs[0].shape[1]
@@ -475,10 +478,13 @@ def _labels(path: Path, array: _Array | None, rows: int, drawn: np.ndarray | Non
         return None
     if array.rows != rows or array.shape not in ((), (1,)) or array.dtype.kind not in "fiub":
         shape = [array.rows, *array.shape]
-        raise BadData(f"data {path}: y has shape {shape} for {rows} rows, expected one label a row")
+        raise BadData(
+            f"data {path}: {array.name} has shape {shape} for {rows} rows, expected one label a row"
+        )
     flat = array.whole().ravel()
     if not np.isin(flat, (0, 1)).all():
-        raise BadData(f"data {path}: y holds {np.unique(flat)[:5].tolist()}, expected 0 (good) and 1 (bad)")
+        held = np.unique(flat)[:5].tolist()
+        raise BadData(f"data {path}: {array.name} holds {held}, expected 0 (good) and 1 (bad)")
     labels: np.ndarray = flat.astype(bool)
     return labels if drawn is None else labels[drawn]
 

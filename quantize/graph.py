@@ -56,7 +56,7 @@ def users(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
     """The nodes that read each name."""
     found: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
-        for name in reads(node) | {value.name for body in subgraphs(node) for value in body.output}:
+        for name in _needs(node):
             found.setdefault(name, []).append(node)
     return found
 
@@ -101,6 +101,32 @@ def _names(graph: onnx.GraphProto, names: set[str]) -> None:
         names.update((*node.input, *node.output))
         for subgraph in subgraphs(node):
             _names(subgraph, names)
+
+
+def sort_nodes(graph: onnx.GraphProto) -> None:
+    """Put every node behind those it reads from, as ONNX asks for. A graph that is so is left as it is."""
+    for node in graph.node:
+        for subgraph in subgraphs(node):
+            sort_nodes(subgraph)
+    made = {name for node in graph.node for name in node.output if name}
+    left, order, known = list(graph.node), [], set[str]()
+    while left:
+        later = []
+        for node in left:
+            if all(name in known for name in _needs(node) & made):
+                order.append(node)
+                known.update(node.output)
+            else:
+                later.append(node)
+        if len(later) == len(left):
+            return  # a cycle, which onnxruntime refuses
+        left = later
+    if any(node is not other for node, other in zip(order, graph.node, strict=True)):
+        replace_nodes(graph, order)
+
+
+def _needs(node: onnx.NodeProto) -> set[str]:
+    return reads(node) | {value.name for body in subgraphs(node) for value in body.output}
 
 
 def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:

@@ -9,7 +9,8 @@ Everything else that makes a graph quantizable is done, and proven, in ``normali
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -22,7 +23,8 @@ from edge_agent.contract.digest import Digest
 from quantize import runtime
 from quantize.data import Input, Rows, both_classes, good_rows, load_data, load_rows
 from quantize.errors import BadModel
-from quantize.graph import all_nodes, rename_reads, unique
+from quantize.graph import all_nodes, opset_of, rename_reads, sort_nodes, unique
+from quantize.rewrite import OPSET
 
 __all__ = [
     "FloatModel",
@@ -49,6 +51,10 @@ _KNOWN_DOMAINS: Final = (
 )  # fmt: skip
 _CONVERTED: Final = (".joblib", ".pkl", ".pickle", ".skops", ".pt2")
 _OTHER_FLOATS: Final = (TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+_ONE_NUMBER: Final = "is one number for all rows, expected [N, ...]: export the model without it"
+# Names of dimensions that say which one is the batch: for certain, and where the first one has a fixed size.
+_SURELY_BATCH: Final = re.compile(r".*batch.*", re.IGNORECASE)
+_MAYBE_BATCH: Final = re.compile(r"n|b|bs", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +87,8 @@ class FloatModel:
         results = {}
         for name, values in runtime.run(session, feeds).items():
             if name in self.outputs:
+                if not values.ndim:
+                    raise BadModel(f"output {name!r} {_ONE_NUMBER}")
                 floats = values.astype(np.float32) if values.dtype in (np.float16, np.float64) else values
                 results[name] = np.moveaxis(floats, self.batch_axis.get(name, 0), 0)
         return results
@@ -104,10 +112,10 @@ def load_model(path: Path, settings: Mapping[str, float] | None = None, *, trust
     original = onnx.ModelProto()
     original.CopyFrom(proto)
 
+    _complete(proto, runtime.open_session(original))
     _real_inputs_only(proto.graph)
     fixed = _fix_inputs(path, proto, settings or {}, notes)
-    kept = _tensors_only(path, proto, notes)
-    runtime.open_session(original)
+    kept = _rows_only(path, proto, notes)
     axes = _batch_first(proto, notes)
     _float32_doors(proto, notes)
     inputs = _inputs_of(path, proto)
@@ -249,6 +257,18 @@ def _refuse(path: Path, proto: onnx.ModelProto) -> None:
 # -- doors ------------------------------------------------------------------------------------------------
 
 
+def _complete(proto: onnx.ModelProto, session: runtime.Session) -> None:
+    """Add what onnxruntime does without: the order of the nodes, an operator set, shapes of outputs."""
+    sort_nodes(proto.graph)
+    if not opset_of(proto):  # a model of other domains' operators only
+        proto.opset_import.append(helper.make_opsetid("", OPSET))
+    known = {output.name: output.shape for output in session.get_outputs()}
+    for value in proto.graph.output:
+        tensor = value.type.tensor_type
+        if value.type.HasField("tensor_type") and known.get(value.name) and not tensor.shape.dim:
+            value.CopyFrom(helper.make_tensor_value_info(value.name, tensor.elem_type, known[value.name]))
+
+
 def _real_inputs_only(graph: onnx.GraphProto) -> None:
     """Files of IR 3 list every initializer as an input too: a caller could then replace the weights."""
     weights = {tensor.name for tensor in graph.initializer}
@@ -286,15 +306,21 @@ def _fix_inputs(
     return fixed
 
 
-def _tensors_only(path: Path, proto: onnx.ModelProto, notes: list[str]) -> tuple[str, ...]:
-    """Outputs that are numbers. Maps of class names and texts, as scikit-learn exports them, are dropped."""
+def _rows_only(path: Path, proto: onnx.ModelProto, notes: list[str]) -> tuple[str, ...]:
+    """Outputs that are numbers for every row.
+
+    Maps of class names and texts, as scikit-learn exports them, are dropped, and so is one number for all
+    rows (a loss, a rate) beside others.
+    """
     graph = proto.graph
-    kept, dropped = [], []
+    kept: list[onnx.ValueInfoProto] = []
+    single: list[onnx.ValueInfoProto] = []
+    dropped: list[str] = []
     for value in graph.output:
         tensor = value.type.tensor_type
         producer = next((node for node in graph.node if value.name in node.output), None)
         if value.type.HasField("tensor_type") and tensor.elem_type != TensorProto.STRING:
-            kept.append(value)
+            (single if tensor.HasField("shape") and not tensor.shape.dim else kept).append(value)
         elif producer is not None and producer.op_type == "ZipMap":
             # The probabilities by class name: the same numbers without the names are what it reads.
             kept.append(helper.make_tensor_value_info(producer.input[0], TensorProto.FLOAT, [None, None]))
@@ -302,10 +328,14 @@ def _tensors_only(path: Path, proto: onnx.ModelProto, notes: list[str]) -> tuple
             del producer.attribute[:]
         else:
             dropped.append(value.name)
+    if single and not kept:
+        raise BadModel(f"model {path}: output {single[0].name!r} {_ONE_NUMBER}")
     if not kept:
         raise BadModel(f"model {path} has no output of numbers, only {', '.join(dropped)}")
     if dropped:
         notes.append(f"outputs that are not numbers dropped: {', '.join(dropped)}")
+    if single:
+        notes.append(f"outputs with one number for all rows dropped: {_names(single)}")
     del graph.output[:]
     graph.output.extend(kept)
     return tuple(value.name for value in kept)
@@ -314,19 +344,20 @@ def _tensors_only(path: Path, proto: onnx.ModelProto, notes: list[str]) -> tuple
 def _batch_first(proto: onnx.ModelProto, notes: list[str]) -> dict[str, int]:
     """Inputs and outputs whose batch is not their first dimension (states of recurrent nets) are transposed.
 
-    The batch is the first dimension of the first input; another tensor has it elsewhere if its own first
-    dimension has another size and exactly one later dimension is like the batch: of its name, its size, or
-    just as nameless.
+    The batch is the first dimension of the first input, unless another one of it is called so; another
+    tensor has it elsewhere if its own first dimension has another size and exactly one later dimension is
+    like the batch: of its name, its size, or just as nameless.
     """
     graph = proto.graph
     first = next((value for value in graph.input if value.type.tensor_type.shape.dim), None)
     if first is None:
         return {}
-    batch = _dim(first.type.tensor_type.shape.dim[0])
+    batch = _batch_of([_dim(dim) for dim in first.type.tensor_type.shape.dim])
+    is_first = batch == _dim(first.type.tensor_type.shape.dim[0])
     moved: dict[str, int] = {}
     for value in (*graph.input, *graph.output):
         dims = [_dim(dim) for dim in value.type.tensor_type.shape.dim]
-        if len(dims) < 2 or dims[0] == batch or not isinstance(dims[0], int):
+        if len(dims) < 2 or dims[0] == batch or (is_first and not isinstance(dims[0], int)):
             continue
         places = [place for place, dim in enumerate(dims) if dim == batch]
         if len(places) == 1:
@@ -336,6 +367,19 @@ def _batch_first(proto: onnx.ModelProto, notes: list[str]) -> dict[str, int]:
         _transpose_door(graph, name, axis)
         notes.append(f"{name}: batch moved from dimension {axis} to the front")
     return moved
+
+
+def _batch_of(dims: list[int | str]) -> int | str:
+    """The size or name of the batch among the dimensions of the first input."""
+    names = [dim for dim in dims if isinstance(dim, str) and dim]
+    batches = [name for name in names if _SURELY_BATCH.fullmatch(name)]
+    if isinstance(dims[0], int) and dims[0] > 1 and len(names) == 1:
+        batches += [name for name in names if _MAYBE_BATCH.fullmatch(name)]
+    return batches[0] if batches else dims[0]
+
+
+def _names(values: Iterable[onnx.ValueInfoProto]) -> str:
+    return ", ".join(value.name for value in values)
 
 
 def _outputs_like_inputs(graph: onnx.GraphProto, moved: dict[str, int]) -> None:
@@ -422,6 +466,11 @@ def _inputs_of(path: Path, proto: onnx.ModelProto) -> tuple[Input, ...]:
             kind = TensorProto.DataType.Name(tensor.elem_type) if tensor.elem_type else "not a tensor"
             raise BadModel(f"model {path}: input {value.name!r} is {kind}, expected numbers")
         shape = tuple(_size(dim) for dim in tensor.shape.dim)
+        if not tensor.HasField("shape"):
+            raise BadModel(
+                f"model {path}: input {value.name!r} does not say its dimensions: "
+                "export it with them, such as [N, 16]"
+            )
         if not shape:
             raise BadModel(
                 f"model {path}: input {value.name!r} has no batch dimension, expected [N, ...]: "

@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from quantize import activations, compare, graph, rewrite, runtime
 from quantize.errors import BadData, BadModel
@@ -108,6 +108,7 @@ def normalise(model: FloatModel, inputs: Mapping[str, np.ndarray]) -> NormalForm
                 proof.rebase(changed)
         return kept
 
+    proof.declare_shapes(proto)
     start = proof.sqnr(proto)
     if start < proof.bar:
         raise BadModel(
@@ -148,7 +149,7 @@ class _Proof:
     """Runs graphs on the same rows and compares them with the model as it came."""
 
     def __init__(self, model: FloatModel, inputs: Mapping[str, np.ndarray], fixed: int | None) -> None:
-        batch = fixed or next((size for size in _batches(model.original) if size > 0), runtime.BATCH)
+        batch = fixed or next((size for size in _batches(model) if size > 0), runtime.BATCH)
         count = len(next(iter(inputs.values())))
         row = sum(np.size(values[0]) for values in inputs.values())
         rows = int(np.clip(_PROOF_NUMBERS // max(row, 1), _FEWEST_PROOF_ROWS, _PROOF_ROWS))
@@ -160,6 +161,16 @@ class _Proof:
         self._bounded = {name for name in model.outputs if makers.get(name) in _BOUNDED}
         session = runtime.open_session(model.original)
         self._expected = self._all(lambda feeds: model.run_original(session, feeds))
+        random = _random(model.original)
+        if (
+            random
+            and self._worst(self._all(lambda feeds: model.run_original(session, feeds))) < _LOWEST_PROOF
+        ):
+            raise BadModel(
+                f"the model draws random numbers ({', '.join(random)}), so that no two runs agree: "
+                "export it without (in evaluation mode)"
+            )
+        self._some_finite(model.original)
         plain = runtime.open_session(model.original, level=runtime.OptimizationLevel.ORT_DISABLE_ALL)
         noise = self._worst(self._all(lambda feeds: model.run_original(plain, feeds)))
         self.bar = min(PROOF, max(noise - _SLACK, _LOWEST_PROOF))
@@ -180,6 +191,23 @@ class _Proof:
         session = runtime.open_session(proto)
         self._expected = self._all(lambda feeds: runtime.run(session, feeds))
         self.bar = PROOF
+
+    def _some_finite(self, original: onnx.ModelProto) -> None:
+        for name in self._expected[0]:
+            pieces = [piece[name] for piece in self._expected]
+            if any(piece.dtype.kind != "f" or np.isfinite(piece).any() or not piece.size for piece in pieces):
+                continue
+            broken = [weight.name for weight in original.graph.initializer if _holds_nan(weight)]
+            why = f": its weights hold NaN ({broken[0]!r})" if broken else ""
+            raise BadModel(f"the FP32 model gives no finite number in output {name!r} on the data{why}")
+
+    def declare_shapes(self, proto: onnx.ModelProto) -> None:
+        """Write the rank of outputs that say none, as they came."""
+        for value in proto.graph.output:
+            tensor = value.type.tensor_type
+            if not tensor.HasField("shape"):
+                dims = [BATCH, *[None] * (self._expected[0][value.name].ndim - 1)]
+                value.CopyFrom(helper.make_tensor_value_info(value.name, tensor.elem_type, dims))
 
     def _all(
         self, run: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
@@ -209,9 +237,30 @@ class _Proof:
         return worst
 
 
-def _batches(proto: onnx.ModelProto) -> list[int]:
-    dims = (value.type.tensor_type.shape.dim for value in proto.graph.input)
-    return [dim[0].dim_value for dim in dims if dim]
+def _random(proto: onnx.ModelProto) -> list[str]:
+    """The operators that draw random numbers."""
+    return sorted(
+        {
+            node.op_type
+            for node in graph.all_nodes(proto)
+            if node.op_type in rewrite.RANDOM or (node.op_type == "Dropout" and len(node.input) > 2)
+        }
+    )
+
+
+def _holds_nan(weight: TensorProto) -> bool:
+    return weight.data_type == TensorProto.FLOAT and bool(np.isnan(numpy_helper.to_array(weight)).any())
+
+
+def _batches(model: FloatModel) -> list[int]:
+    """The sizes that the inputs of the original give their batch; 0 where it varies."""
+    names = {entry.name for entry in model.inputs}  # older files list their weights as inputs, too
+    found = []
+    for value in model.original.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name in names and dims:
+            found.append(dims[model.batch_axis.get(value.name, 0)].dim_value)
+    return found
 
 
 def _free_batch(proto: onnx.ModelProto, model: FloatModel, inputs: Mapping[str, np.ndarray]) -> int | None:
@@ -235,11 +284,20 @@ def _free_batch(proto: onnx.ModelProto, model: FloatModel, inputs: Mapping[str, 
                 raise BadModel(f"outputs do not have a row for each of {rows} rows")
             for row in range(rows if rows > 1 else 0):
                 alone = runtime.run(session, {name: values[row : row + 1] for name, values in feeds.items()})
-                if not all(_close(alone[name][0], outputs[name][row]) for name in outputs):
+                if not all(
+                    len(alone[name]) == 1 and _close(alone[name][0], outputs[name][row]) for name in outputs
+                ):
                     raise BadModel("rows that are run together give other results than rows run alone")
     except BadModel as error:
         # A batch that varies on paper only: rows one at a time, which every graph takes.
         fixed = max(fixed, 1)
+        sizes = {entry.name: entry.shape[0] for entry in model.inputs if entry.shape[0] > 0}
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise BadModel(
+                f"the inputs have different numbers of rows ({listed}) and the model takes no others: "
+                "every input needs a row for each row of the data, or a value with --set"
+            ) from error
         rows = len(next(iter(inputs.values())))
         if rows < fixed:
             raise BadData(f"{rows} calibration rows, the model takes {fixed} at a time") from error
@@ -251,6 +309,8 @@ def _free_batch(proto: onnx.ModelProto, model: FloatModel, inputs: Mapping[str, 
 
 def _close(one: np.ndarray, other: np.ndarray) -> bool:
     """The same but for rounding; what is told apart here is other rows' numbers."""
+    if one.shape != other.shape:
+        return False
     if one.dtype.kind != "f":
         return bool(np.array_equal(one, other))
     room = _CLOSE * max(float(np.abs(np.nan_to_num(one)).max(initial=0.0)), _BOUNDED_SIGNAL)

@@ -28,6 +28,7 @@ from quantize.config import QuantizeConfig
 from quantize.cost import TARGETS, sizes_of
 from quantize.errors import BadModel
 from quantize.fallback import Fallback
+from quantize.graph import opset_of
 from quantize.int8 import Int8Model
 from quantize.load import FloatModel, load_data, load_model
 from quantize.prepare import PreparedModel, prepare
@@ -181,9 +182,7 @@ def _members(
         decision=decision,
         precision=int8.precision,
         requires=Requirements(
-            opset=next(
-                entry.version for entry in model.proto.opset_import if entry.domain in ("", "ai.onnx")
-            ),
+            opset=opset_of(model.proto),
             agent=_AGENT,
         ),
         provenance=Provenance(

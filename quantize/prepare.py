@@ -431,6 +431,8 @@ def _output_specs(proto: onnx.ModelProto, rows: Rows, fixed: int | None) -> tupl
     for name, values in first.items():
         if values.dtype.name not in _DATATYPES:
             raise BadModel(f"output {name!r} has type {values.dtype}, which a bundle cannot carry")
+        if not values.size:
+            raise BadModel(f"output {name!r} has shape {list(values.shape)}: it holds nothing, leave it out")
         shape = [a if a == b else -1 for a, b in zip(values.shape, second[name].shape, strict=True)]
         if not fixed and len(values) == len(second[name]) == 1:
             shape[0] = -1  # two rows of different lengths do not make a batch of two

@@ -20,7 +20,7 @@ from quantize import graph, runtime
 OPSET: Final = 17  # the first that has everything needed: per-axis DequantizeLinear came with 13
 IR_VERSION: Final = 8  # of opset 17; newer ones are kept
 _OTHER_FLOATS: Final = (TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
-_NOT_FOLDED: Final = (
+RANDOM: Final = (
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli",
 )  # fmt: skip
 _LARGE: Final = 1 << 20  # bytes: a folded constant may not be larger than this and than what it is made of
@@ -144,7 +144,7 @@ def _fold_constants(proto: onnx.ModelProto) -> int:
         for node in body.node:
             if (
                 node.domain in _DEFAULT
-                and node.op_type not in _NOT_FOLDED
+                and node.op_type not in RANDOM
                 and node.output[0] not in refused
                 and not graph.subgraphs(node)
                 and all(name in known for name in node.input if name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,9 @@ BATCH: Final = 64  # rows at a time: memory stays independent of the amount of d
 THREADS: Final = min(2, os.cpu_count() or 1)  # of this process: memory grows with every batch that runs
 _SILENT: Final = 4  # what fails is raised; some things are tried to see whether they fail
 
+# What onnxruntime puts before its reason: a file, a line, a function with the types of its parameters.
+_SOURCE: Final = re.compile(r"/onnxruntime_src/\S+:\d+ \S[^()]*\(.*?\) (?=[A-Z0-9])")
+
 # What makes an x86 build run the graph that ARM will run: S8S8 QDQ fuses there by default, here on demand.
 ARM_GRAPH: Final = {"session.qdqisint8allowed": "1"}
 
@@ -38,7 +42,7 @@ class Tensor(Protocol):
     """What onnxruntime says of an input or output."""
 
     name: str
-    shape: Sequence[int | str]
+    shape: Sequence[int | str | None]  # None where a size is not known
 
 
 class Session(Protocol):
@@ -173,6 +177,6 @@ def _together(pieces: list[np.ndarray]) -> np.ndarray:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's text on one line of bearable length."""
-    text = " ".join(str(error).split())
+    """An exception's text on one line of bearable length, without the places in onnxruntime's sources."""
+    text = _SOURCE.sub("", " ".join(str(error).split()))
     return text if len(text) <= 300 else text[:297] + "..."
