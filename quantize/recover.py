@@ -174,18 +174,35 @@ def _scale_inputs(weight: np.ndarray, layer: Layer, groups: int, factor: np.ndar
 
 @dataclass(slots=True)
 class _Gram:
-    """Second moments of the inputs of one layer: (groups, inputs, inputs), and their sums."""
+    """Second moments of the inputs of one layer: (groups, inputs, inputs), and their sums.
 
+    Both of differences from ``origin``, a first mean: of inputs that vary little around a large number the
+    products themselves would leave nothing but float32 rounding.
+    """
+
+    origin: np.ndarray  # (groups, inputs)
     products: np.ndarray
     sums: np.ndarray
     count: int = 0
 
+    def add(self, samples: np.ndarray) -> None:
+        """(groups, samples, inputs) float32."""
+        centred = samples - self.origin[:, None, :]
+        self.products += centred.transpose(0, 2, 1) @ centred
+        self.sums += centred.sum(axis=1, dtype=np.float64)
+        self.count += samples.shape[1]
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Of every input: (groups, inputs)."""
+        return np.asarray(self.origin + self.sums / max(self.count, 1))
+
     def covariance(self, *, centred: bool) -> np.ndarray:
         """The mean products, around the mean where a bias can take it up."""
-        moments = self.products / max(self.count, 1)
-        if centred:
-            mean = self.sums / max(self.count, 1)
-            moments = moments - mean[:, :, None] * mean[:, None, :]
+        off = self.sums / max(self.count, 1)
+        moments = self.products / max(self.count, 1) - off[:, :, None] * off[:, None, :]
+        if not centred:
+            moments = moments + self.mean[:, :, None] * self.mean[:, None, :]
         return np.asarray(moments)
 
 
@@ -251,11 +268,9 @@ def _grams(
             if gram is None:
                 groups, _, inputs = samples.shape
                 gram = grams[layer.node] = _Gram(
-                    np.zeros((groups, inputs, inputs)), np.zeros((groups, inputs))
+                    samples.mean(axis=1), np.zeros((groups, inputs, inputs)), np.zeros((groups, inputs))
                 )
-            gram.products += samples.transpose(0, 2, 1) @ samples
-            gram.sums += samples.sum(axis=1, dtype=np.float64)
-            gram.count += samples.shape[1]
+            gram.add(samples)
         if len(grams) == len(layers) and all(gram.count >= _MOST_SAMPLES for gram in grams.values()):
             break
     return grams
@@ -347,8 +362,7 @@ def _round(
     each = np.broadcast_to(scale, (len(by_output),)).astype(np.float64).reshape(groups, -1)
     quantized = _sequentially(rows, moments, each)
     if bias is not None:
-        mean = gram.sums / gram.count
-        shift = ((quantized * each[:, :, None] - rows) * mean[:, None, :]).sum(axis=2)
+        shift = ((quantized * each[:, :, None] - rows) * gram.mean[:, None, :]).sum(axis=2)
         bias = bias - shift.reshape(-1)
     restored = quantized.astype(np.int8).reshape(by_output.shape)
     return Rounded(

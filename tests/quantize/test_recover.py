@@ -67,6 +67,24 @@ def test_weights_rounded_by_least_squares_give_nearer_outputs(attributes, tmp_pa
     assert gain(case) > 0.5 if attributes.get("group", 1) < 8 else gain(case) > -0.5
 
 
+def test_inputs_that_hardly_vary_around_a_large_number_have_a_covariance_still(tmp_path):
+    random = np.random.default_rng(4)
+    weights = {"W": random.standard_normal((64, 32)).astype(np.float32), "b": np.zeros(32, np.float32)}
+    nodes = [helper.make_node("Gemm", ["x", "W", "b"], ["y"])]
+    path = models.save(
+        tmp_path / "m.onnx", nodes, weights, [("x", TensorProto.FLOAT, ["N", 64])], [("y", ["N", 32])]
+    )
+    latent = random.standard_normal((600, 3)) @ random.standard_normal((3, 64))
+    values = (random.uniform(5, 50, 64) + 1e-3 * latent).astype(np.float32)
+    case = Case(path, models.write_rows(tmp_path / "rows.npz", values))
+    plan = plan_of(case.model.proto)
+    ranges = calibrate(case.model, plan.watched, case.parts.ranges).ranges()
+    recipe = static_recipe(plan, ranges)
+    (rounded,) = recover.round_weights(case.model, case.model.proto, plan, recipe, case.parts.ranges).values()
+    assert rounded.bias is not None
+    assert np.isfinite(rounded.bias).all()
+
+
 def test_dense_weights_rounded_by_least_squares_give_nearer_outputs(tmp_path):
     case = Case(
         models.autoencoder(tmp_path / "ae.onnx"), models.write_rows(tmp_path / "x.npz", unit_rows(600))
