@@ -103,6 +103,20 @@ def _names(graph: onnx.GraphProto, names: set[str]) -> None:
             _names(subgraph, names)
 
 
+def drop_remarks(graph: onnx.GraphProto) -> None:
+    """Remove what exporters note at every node: of a small model it can be half the file."""
+    graph.ClearField("doc_string")
+    graph.ClearField("metadata_props")
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    for node in graph.node:
+        for attribute in node.attribute:
+            attribute.ClearField("doc_string")
+        for subgraph in subgraphs(node):
+            drop_remarks(subgraph)
+
+
 def sort_nodes(graph: onnx.GraphProto) -> None:
     """Put every node behind those it reads from, as ONNX asks for. A graph that is so is left as it is."""
     for node in graph.node:

@@ -23,7 +23,7 @@ from edge_agent.contract.digest import Digest
 from quantize import runtime
 from quantize.data import Input, Rows, both_classes, good_rows, load_data, load_rows
 from quantize.errors import BadModel
-from quantize.graph import all_nodes, opset_of, rename_reads, sort_nodes, unique
+from quantize.graph import all_nodes, drop_remarks, opset_of, rename_reads, sort_nodes, unique
 from quantize.rewrite import OPSET
 
 __all__ = [
@@ -258,8 +258,12 @@ def _refuse(path: Path, proto: onnx.ModelProto) -> None:
 
 
 def _complete(proto: onnx.ModelProto, session: runtime.Session) -> None:
-    """Add what onnxruntime does without: the order of the nodes, an operator set, shapes of outputs."""
+    """Add what onnxruntime does without (the order of the nodes, an operator set, shapes of outputs).
+
+    What it ignores goes: remarks of the exporter. Those of the model as a whole stay, programs read them.
+    """
     sort_nodes(proto.graph)
+    drop_remarks(proto.graph)
     if not opset_of(proto):  # a model of other domains' operators only
         proto.opset_import.append(helper.make_opsetid("", OPSET))
     known = {output.name: output.shape for output in session.get_outputs()}

@@ -136,6 +136,19 @@ def test_nodes_in_any_order_are_put_in_order(tmp_path):
     assert quantize(saved(tmp_path / "m.onnx", model), table(tmp_path / "rows.npz"), tmp_path / "out") == 0
 
 
+def test_remarks_of_the_exporter_at_every_node_are_left_out(tmp_path):
+    model = dense_graph()
+    for node in model.graph.node:
+        node.doc_string = "a stack trace " * 50
+        entry = node.metadata_props.add()
+        entry.key, entry.value = "pkg.torch.onnx.stack_trace", "File model.py, line 1 " * 50
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "names", "ok,broken"
+    loaded = load_model(saved(tmp_path / "m.onnx", model)).proto
+    assert "trace" not in str(loaded)
+    assert loaded.metadata_props[0].value == "ok,broken"
+
+
 @pytest.mark.parametrize(
     ("dims", "axis"),
     [([WIDTH, "N"], 1), (["steps", "batch_size", 4], 1), ([1, "points", 3], 0), (["N", "batches_no", 2], 1)],
