@@ -24,6 +24,7 @@ _HARMLESS: Final = (
     "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
     "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
 )
+_NORMALITY: Final = "scores"  # the output of skl2onnx that is an outlier detector's decision_function
 _PICKLES: Final = (".joblib", ".pkl", ".pickle", ".pt2")
 
 
@@ -82,6 +83,7 @@ def _from_sklearn(path: Path, model: Any) -> onnx.ModelProto:
     try:
         from skl2onnx import to_onnx as convert
         from skl2onnx.common.data_types import FloatTensorType
+        from sklearn.base import is_outlier_detector
     except ImportError as error:
         raise _missing(path, "sklearn") from error
     width = getattr(model, "n_features_in_", None)
@@ -101,7 +103,20 @@ def _from_sklearn(path: Path, model: Any) -> onnx.ModelProto:
         raise BadModel(
             f"model {path} ({type(model).__name__}) cannot be converted: {runtime.one_line(error)}"
         ) from error
+    if is_outlier_detector(model):
+        _anomaly_score(proto)
     return proto
+
+
+def _anomaly_score(proto: onnx.ModelProto) -> None:
+    """One output: the higher, the further from normal. scikit-learn's ``decision_function`` falls instead."""
+    taken = {name for node in proto.graph.node for name in node.output}
+    score = "score" if "score" not in taken else "anomaly_score"
+    proto.graph.node.append(onnx.helper.make_node("Neg", [_NORMALITY], [score], score))
+    (value,) = (value for value in proto.graph.output if value.name == _NORMALITY)
+    del proto.graph.output[:]
+    value.name = score
+    proto.graph.output.append(value)
 
 
 def _from_torch(path: Path) -> onnx.ModelProto:

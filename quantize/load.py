@@ -43,7 +43,6 @@ _QUANTIZED: Final = (
     "QuantizeLinear", "DequantizeLinear", "QLinear", "ConvInteger", "MatMulInteger", "QGemm", "MatMulNBits",
     "DynamicQuantize", "QAttention", "QMoE", "QOrdered", "GatherBlockQuantized",
 )  # fmt: skip
-_TREES: Final = ("TreeEnsemble",)
 # Domains whose operators onnxruntime brings kernels for; anything else needs a library that devices lack.
 _KNOWN_DOMAINS: Final = (
     "", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc",
@@ -103,7 +102,7 @@ def load_model(path: Path, settings: Mapping[str, float] | None = None, *, trust
         trust: whether files that run code when they are read may be read.
 
     Raises:
-        BadModel: no such file, not ONNX, already quantized, a tree model, operators without a kernel,
+        BadModel: no such file, not ONNX, already quantized, operators without a kernel,
             external data outside the folder, or onnxruntime cannot load it.
     """
     proto, digest, size = read_model(path, trust=trust)
@@ -233,12 +232,6 @@ def _refuse(path: Path, proto: onnx.ModelProto) -> None:
     quantized = sorted({node.op_type for node in nodes if node.op_type.startswith(_QUANTIZED)})
     if quantized:
         raise BadModel(f"model {path} is already quantized ({', '.join(quantized)}): give the FP32 model")
-    trees = sorted({node.op_type for node in nodes if node.op_type.startswith(_TREES)})
-    if trees:
-        raise BadModel(
-            f"model {path} is a tree model ({', '.join(trees)}): it has no weights to make INT8 of, "
-            "and is small and fast as it is"
-        )
     local = {(function.domain, function.name) for function in proto.functions}
     custom = sorted(
         {

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final
 
+from quantize.compare import IDENTICAL
+
 _WIDTH: Final = 720
 _HEIGHT: Final = 300
 _LEFT: Final = 64
@@ -71,15 +73,31 @@ def render(facts: Mapping[str, Any]) -> str:
     )
 
 
+# -- figures ----------------------------------------------------------------------------------------------
+
+
+def ratio(before: float, after: float, less: str, more: str, same: str) -> str:
+    """``3.2x smaller``, ``1.2x larger``: how many times, and which way; ``same`` within five in a hundred."""
+    times = before / max(after, 1e-12)
+    if 0.95 <= times <= 1.05:
+        return same
+    return f"{times:.1f}x {less}" if times > 1 else f"{1 / max(times, 1e-12):.1f}x {more}"
+
+
+def decibels(sqnr: float) -> str:
+    """An SQNR for people."""
+    return "no difference" if sqnr >= IDENTICAL else f"{sqnr:.1f} dB"
+
+
 # -- sections ---------------------------------------------------------------------------------------------
 
 
 def _head(facts: Mapping[str, Any], title: str) -> str:
     int8, found = facts["int8"], facts["comparison"]
-    size = facts["source"]["bytes"] / max(1, int8["bytes"])
+    size = ratio(facts["source"]["bytes"], int8["bytes"], "smaller than", "larger than", "as large as")
     sentence = (
-        f"{escape(int8['chosen'])}: {_bytes(int8['bytes'])}, {size:.1f} times smaller than FP32; "
-        f"{found['sqnr']:.1f} dB from the FP32 reference on {found['rows']} held-out rows."
+        f"{escape(int8['chosen'])}: {_bytes(int8['bytes'])}, {size} the file that came; "
+        f"{decibels(found['sqnr'])} from the FP32 reference on {found['rows']} held-out rows."
     )
     digest = facts.get("bundle", {}).get("digest")
     lines = [f"<h1>{escape(title)}</h1>", f"<p>{sentence}</p>"]
@@ -116,7 +134,7 @@ def _before_after(facts: Mapping[str, Any]) -> str:
             rows.append((name, form.format(found[before]), form.format(found[after])))
     if found.get("agreement") is not None:
         rows.append(("Same decision as FP32", "", f"{found['agreement']:.1%}"))
-    rows.append(("Signal to quantization noise", "", f"{found['sqnr']:.1f} dB"))
+    rows.append(("Signal to quantization noise", "", decibels(found["sqnr"])))
     note = ""
     if latency and latency["timed"] != "the bundle's model":
         note = f'<p class="soft">Latency of INT8 is that of {escape(latency["timed"])}.</p>'

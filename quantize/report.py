@@ -281,12 +281,18 @@ def table(
     chosen = "INT8" if int8.precision == "int8" else "FP32"
     lines = [
         ("", "FP32", chosen, ""),
-        ("size", _bytes(source.size), _bytes(int8.size), f"{source.size / int8.size:.1f}x smaller"),
+        (
+            "size",
+            _bytes(source.size),
+            _bytes(int8.size),
+            page.ratio(source.size, int8.size, "smaller", "larger", "as large"),
+        ),
         (
             "latency, one thread",
             _seconds(latency.fp32),
             _seconds(latency.chosen),
-            f"{latency.fp32 / latency.chosen:.1f}x faster on {latency.machine}",
+            page.ratio(latency.fp32, latency.chosen, "faster", "slower", "as fast")
+            + f" on {latency.machine}",
         ),
     ]
     if found.auc is not None and found.auc_reference is not None:
@@ -299,7 +305,7 @@ def table(
     if verdict.threshold is not None and verdict.threshold_reference is not None:
         before, after = f"{verdict.threshold_reference:.5g}", f"{verdict.threshold:.5g}"
         lines.append(("threshold", before, after, str(config.threshold)))
-    lines.append(("SQNR", "", f"{found.sqnr:.1f} dB", "signal to quantization noise"))
+    lines.append(("SQNR", "", page.decibels(found.sqnr), "signal to quantization noise"))
     if found.agreement is not None:
         lines.append(("same decision", "", f"{found.agreement:.1%}", f"of {found.rows} rows"))
     if fallback is not None:
@@ -310,7 +316,8 @@ def table(
     text += [f"  passed over: {tried.name}: {tried.problem}" for tried in int8.candidates if tried.problem]
     text += [f"  Warning: {warning}" for warning in warnings_of(verdict)]
     if int8.precision == "fp32":
-        text.append("  No INT8 candidate was good enough: the bundle carries the FP32 model.")
+        why = "No INT8 candidate was good enough" if int8.plan.layers else "Nothing in it can be INT8"
+        text.append(f"  {why}: the bundle carries the FP32 model.")
     if latency.timed != "the bundle's model":
         text.append(f"  Latency of INT8 is that of {latency.timed}.")
     text.append(

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edge_agent.contract import bundle
+from edge_agent.contract import baseline, bundle
 from edge_agent.contract.manifest import Task
 from quantize.cli import main
 from quantize.errors import BadModel
@@ -103,13 +103,31 @@ def test_a_skops_file_with_types_that_may_do_harm_names_them(tmp_path, capsys):
 
 
 @needs_sklearn
-def test_a_forest_is_refused_as_a_tree_model(tmp_path):
+@pytest.mark.parametrize("kind", ["isolation forest", "one-class SVM in a pipeline"])
+def test_an_outlier_detector_becomes_a_bundle_whose_score_rises_with_the_outlier(tmp_path, kind, capsys):
+    """It has nothing to make INT8 of: the bundle carries it as it is, with threshold, rules and baseline."""
     import joblib
     from sklearn.ensemble import IsolationForest
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import OneClassSVM
 
-    joblib.dump(IsolationForest(n_estimators=5).fit(rows()), tmp_path / "forest.joblib")
-    with pytest.raises(BadModel, match="tree model"):
-        load_model(tmp_path / "forest.joblib", trust=True)
+    forest = IsolationForest(n_estimators=5, random_state=0)
+    detector = forest if kind == "isolation forest" else make_pipeline(StandardScaler(), OneClassSVM(nu=0.05))
+    joblib.dump(detector.fit(rows()), tmp_path / "detector.joblib")
+    data = models.write_rows(tmp_path / "x.npz", rows())
+    assert quantize(tmp_path / "detector.joblib", data, tmp_path / "out", "--trust") == 0
+    made = bundle.open_bundle(tmp_path / "out" / "unit-1.2.3")
+    manifest = made.manifest
+    assert (manifest.task, manifest.precision) == (Task.ANOMALY, "fp32")
+    assert manifest.decision is not None
+    assert {bundle.RULES, baseline.FILE_NAME} <= set(manifest.members)
+    far = rows(8) + 10 * rows(300).std(axis=0)
+    session = onnxruntime.InferenceSession(made.member("model.onnx"))
+    (scores,) = session.run([manifest.decision.output], {"X": far})
+    np.testing.assert_allclose(scores.reshape(-1), -detector.decision_function(far), rtol=1e-3, atol=1e-4)
+    assert (scores > manifest.decision.threshold).all()
+    assert "Nothing in it can be INT8: the bundle carries the FP32 model." in capsys.readouterr().out
 
 
 @needs_sklearn

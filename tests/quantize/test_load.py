@@ -345,13 +345,6 @@ def test_custom_operators_are_named(tmp_path):
     assert "kernel" in line
 
 
-def test_a_tree_model_is_named(tmp_path):
-    line = refused(
-        tmp_path, helper.make_node("TreeEnsembleRegressor", ["x"], ["y"], domain="ai.onnx.ml"), "ai.onnx.ml"
-    )
-    assert "tree model (TreeEnsembleRegressor)" in line
-
-
 def test_a_quantized_model_is_found_inside_a_branch_too(tmp_path):
     out = helper.make_tensor_value_info("z", TensorProto.UINT8, [])
     body = helper.make_graph([helper.make_node("QuantizeLinear", ["x", "s"], ["z"])], "b", [], [out])
