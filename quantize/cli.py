@@ -180,9 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--impute",
         type=_checked(PrepareConfig.parse_impute),
-        default=PrepareConfig.parse_impute("median"),
-        metavar="median|mean|constant:VALUE|none",
-        help="what stands in for a missing value (default: median)",
+        default=PrepareConfig.parse_impute("auto"),
+        metavar="auto|median|mean|constant:VALUE|none",
+        help="what stands in for a missing value (default: what the model has for it, else the median)",
     )
     add(
         "--scale",

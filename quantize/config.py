@@ -14,6 +14,7 @@ from edge_agent.contract.version import Version
 class Impute(StrEnum):
     """What stands in for a missing value (NaN), per feature of the calibration data."""
 
+    AUTO = "auto"  # what the model itself puts in its place, if it does; else the median
     MEDIAN = "median"
     MEAN = "mean"
     CONSTANT = "constant"  # one number for all: PrepareConfig.constant
@@ -208,7 +209,7 @@ class ShrinkConfig:
 class PrepareConfig:
     """What becomes part of the graph."""
 
-    impute: Impute = Impute.MEDIAN
+    impute: Impute = Impute.AUTO
     constant: float = 0.0  # what stands in with Impute.CONSTANT
     scale: Scale = Scale.NONE
     score: Score = Score.AUTO
@@ -221,7 +222,7 @@ class PrepareConfig:
 
     @staticmethod
     def parse_impute(text: str) -> tuple[Impute, float]:
-        """Read ``median``, ``mean``, ``none`` or ``constant:VALUE``.
+        """Read ``auto``, ``median``, ``mean``, ``none`` or ``constant:VALUE``.
 
         Raises:
             ValueError: none of them; says what is expected.
@@ -234,7 +235,7 @@ class PrepareConfig:
                 return Impute(text), 0.0
         except ValueError:
             pass
-        raise ValueError(f"impute {text!r}: expected median, mean, constant:VALUE or none")
+        raise ValueError(f"impute {text!r}: expected auto, median, mean, constant:VALUE or none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import onnx
+
+# What is missing in their input is missing in their output.
+_KEEPS_MISSING: Final = ("Identity", "Cast", "Scaler", "Add", "Sub", "Mul", "Div")
 
 
 def opset_of(proto: onnx.ModelProto) -> int:
@@ -59,6 +63,27 @@ def users(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
         for name in _needs(node):
             found.setdefault(name, []).append(node)
     return found
+
+
+def imputes(graph: onnx.GraphProto, tensor: str) -> bool:
+    """Whether the graph has something to put in place of every missing value (NaN) of ``tensor``.
+
+    That is an Imputer, or Where(IsNaN(x), ..., x), perhaps after arithmetic with constants. An answer that
+    is finite proves nothing: Relu makes NaN 0 on some processors.
+    """
+    readers = users(graph).get(tensor, [])
+    if not readers or tensor in {value.name for value in graph.output}:
+        return False
+    tests = {node.output[0] for node in readers if node.op_type == "IsNaN"}
+    constants = {value.name for value in graph.initializer}
+    constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    for node in readers:
+        if node.op_type in ("Imputer", "IsNaN") or (node.op_type == "Where" and node.input[0] in tests):
+            continue
+        alone = all(name == tensor or name in constants for name in node.input)
+        if node.op_type not in _KEEPS_MISSING or not alone or not imputes(graph, node.output[0]):
+            return False
+    return True
 
 
 def rename_reads(graph: onnx.GraphProto, old: str, new: str) -> None:

@@ -25,7 +25,7 @@ from edge_agent.contract.manifest import Datatype, Task, TensorSpec
 from quantize import runtime
 from quantize.config import Impute, PrepareConfig, Scale, Score
 from quantize.errors import BadData, BadModel
-from quantize.graph import drop_unused, opset_of, rename_reads, unique
+from quantize.graph import drop_unused, imputes, opset_of, rename_reads, unique
 from quantize.load import FloatModel, Input, Rows
 from quantize.normalise import BATCH, Pass, normalise
 
@@ -81,10 +81,11 @@ def prepare(model: FloatModel, calibration: Rows, config: PrepareConfig) -> Prep
         BadData: NaN in the data with nothing to stand in for it, or what stands in is not finite.
     """
     only = model.inputs[0] if len(model.inputs) == 1 else None
-    steps = None
+    steps, own = None, False
     filled = dict(calibration.inputs)
     if only is not None and only.tabular:
-        steps = _steps_of(filled[only.name], config)
+        own = _imputes_itself(model, only.name, filled[only.name])
+        steps = _steps_of(filled[only.name], config, own=own)
         filled[only.name] = steps.apply(filled[only.name])
     else:
         _refuse_preprocessing(config, calibration)
@@ -92,6 +93,8 @@ def prepare(model: FloatModel, calibration: Rows, config: PrepareConfig) -> Prep
     normal = normalise(model, filled)
     proto = normal.proto
     notes = [*model.notes, *(str(step) for step in normal.passes)]
+    if own and steps is not None and steps.substitute is None:
+        notes.append("missing values are left to the model, which puts something in their place itself")
     if normal.fixed_batch:
         notes.append(f"the model takes batches of {normal.fixed_batch} only")
     if len(calibration) < calibration.in_file:
@@ -139,20 +142,33 @@ class _Steps:
         return rows
 
 
-def _steps_of(rows: np.ndarray, config: PrepareConfig) -> _Steps:
+def _imputes_itself(model: FloatModel, name: str, rows: np.ndarray) -> bool:
+    """Whether missing values can be left to it. A reconstruction is compared with its input, so not there."""
+    if not imputes(model.proto.graph, name):
+        return False
+    first = next(runtime.batches({name: rows}, 1))
+    outputs = runtime.run(runtime.open_session(model.proto), first)
+    return all(values.shape != first[name].shape for values in outputs.values())
+
+
+def _steps_of(rows: np.ndarray, config: PrepareConfig, *, own: bool) -> _Steps:
+    """``own``: the model takes missing values."""
     substitute = None
     filled = rows
-    if config.impute is not Impute.NONE:
+    if own and config.impute in (Impute.AUTO, Impute.NONE):
+        pass
+    elif config.impute is not Impute.NONE:
         if config.impute is Impute.CONSTANT:
             substitute = np.full(rows.shape[1], config.constant, np.float32)
         else:
-            centre = np.nanmedian if config.impute is Impute.MEDIAN else np.nanmean
+            centre = np.nanmean if config.impute is Impute.MEAN else np.nanmedian
             substitute = centre(rows.astype(np.float64), axis=0).astype(np.float32)
         filled = np.where(np.isnan(rows), substitute, rows)
     elif np.isnan(rows).any():
         count = int(np.isnan(rows).any(axis=1).sum())
         raise BadData(
-            f"{count} calibration rows have missing values (NaN): use --impute median, mean or constant:VALUE"
+            f"{count} calibration rows have missing values (NaN), which the model has nothing for: "
+            "use --impute median, mean or constant:VALUE"
         )
     if config.scale is Scale.NONE:
         return _Steps(substitute, None, None)

@@ -131,6 +131,33 @@ def test_an_outlier_detector_becomes_a_bundle_whose_score_rises_with_the_outlier
 
 
 @needs_sklearn
+@pytest.mark.parametrize(("option", "own"), [("auto", True), ("none", True), ("median", False)])
+def test_missing_values_are_left_to_a_pipeline_that_has_an_imputer(tmp_path, option, own):
+    import joblib
+    from sklearn.impute import SimpleImputer
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x = rows()
+    imputer = SimpleImputer(strategy="constant", fill_value=5.0)  # far from any median
+    network = MLPClassifier(hidden_layer_sizes=(64, 64), max_iter=200, random_state=0)
+    pipeline = make_pipeline(StandardScaler(), imputer, network).fit(x, x[:, 0] > 0)
+    joblib.dump(pipeline, tmp_path / "press.joblib")
+    holed = x.copy()
+    holed[::3, 4] = np.nan
+    holed[1::7, 0] = np.nan
+    data = models.write_rows(tmp_path / "x.npz", holed)
+    options = ("--trust", "--fail-class", "1", "--impute", option)
+    assert quantize(tmp_path / "press.joblib", data, tmp_path / "out", *options) == 0
+    made = bundle.open_bundle(tmp_path / "out" / "unit-1.2.3")
+    (score,) = onnxruntime.InferenceSession(made.member("model.onnx")).run(["score"], {"X": holed})
+    far = np.abs(score.reshape(-1) - pipeline.predict_proba(holed)[:, 1])
+    assert far[~np.isnan(holed).any(axis=1)].max() < 0.1
+    assert (far[np.isnan(holed[:, 0])].max() < 0.1) == own
+
+
+@needs_sklearn
 @pytest.mark.parametrize("thing", [{"a": 1}, "untrained"])
 def test_what_is_no_fitted_estimator_is_refused(tmp_path, thing):
     import joblib
