@@ -456,6 +456,7 @@ def _size(dim: onnx.TensorShapeProto.Dimension) -> int:
 
 def _inputs_of(path: Path, proto: onnx.ModelProto) -> tuple[Input, ...]:
     found = []
+    single: list[str] = []
     for value in proto.graph.input:
         tensor = value.type.tensor_type
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if tensor.elem_type else None
@@ -469,11 +470,14 @@ def _inputs_of(path: Path, proto: onnx.ModelProto) -> tuple[Input, ...]:
                 "export it with them, such as [N, 16]"
             )
         if not shape:
-            raise BadModel(
-                f"model {path}: input {value.name!r} has no batch dimension, expected [N, ...]: "
-                f"give it a value with --set {value.name}=VALUE"
-            )
+            single.append(value.name)
         found.append(Input(value.name, dtype, shape))
     if not found:
         raise BadModel(f"model {path} has no inputs")
+    if single:
+        raise BadModel(
+            f"model {path}: {'inputs' if len(single) > 1 else 'input'} {', '.join(map(repr, single))} "
+            f"{'have' if len(single) > 1 else 'has'} no batch dimension, expected [N, ...]: give a value "
+            f"with {' '.join(f'--set {name}=VALUE' for name in single)}"
+        )
     return tuple(found)

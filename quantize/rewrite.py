@@ -23,7 +23,11 @@ _OTHER_FLOATS: Final = (TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFL
 RANDOM: Final = (
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli",
 )  # fmt: skip
-_LARGE: Final = 1 << 20  # bytes: a folded constant may not be larger than this and than what it is made of
+# A folded constant may not be larger than what it is made of, and this: filter banks and tables that are made
+# in the graph would be most of a small file. onnxruntime makes them once when it loads the model, too.
+_ROOM: Final = 1 << 10  # bytes
+_ROOM_SHARE: Final = 1 / 128  # of the model
+_MOST_ROOM: Final = 1 << 20
 _DEFAULT: Final = ("", "ai.onnx")
 
 
@@ -165,8 +169,9 @@ def _fold_constants(proto: onnx.ModelProto) -> int:
             graph.replace_nodes(body, others)
             return len(group)
         values = _compute(proto, group, weights, wanted)
-        room = {name: max(_LARGE, *(len(weights[i].raw_data) for i in weights)) for name in wanted}
-        large = {name for name in wanted if values[name].nbytes > room[name]}
+        room = min(max(_ROOM, proto.ByteSize() * _ROOM_SHARE), _MOST_ROOM)
+        made_of = _made_of(group, weights)
+        large = {name for name in wanted if values[name].nbytes > max(room, made_of[name])}
         if large:
             refused |= {node.output[0] for node in group if large & set(node.output)}
             continue
@@ -174,6 +179,16 @@ def _fold_constants(proto: onnx.ModelProto) -> int:
             body.initializer.append(numpy_helper.from_array(values[name], name))
         graph.replace_nodes(body, others)
         return len(group)
+
+
+def _made_of(nodes: list[onnx.NodeProto], weights: Mapping[str, TensorProto]) -> dict[str, int]:
+    """Bytes of the weights that go into each output of ``nodes``."""
+    into: dict[str, frozenset[str]] = {name: frozenset((name,)) for name in weights}
+    for node in nodes:
+        together = frozenset().union(*(into[name] for name in node.input if name))
+        into.update((name, together) for name in node.output if name)
+    bytes_of = {name: weight.ByteSize() for name, weight in weights.items()}
+    return {name: sum(bytes_of[i] for i in into[name]) for node in nodes for name in node.output if name}
 
 
 def _compute(
@@ -286,11 +301,11 @@ def simplify(proto: onnx.ModelProto) -> int:
         simple = onnx.load(path)
     if any(node.domain not in domains for node in simple.graph.node):
         return 0
-    if len(simple.graph.node) >= count or simple.ByteSize() > 1.2 * proto.ByteSize() + _LARGE:
-        return 0
+    del simple.graph.value_info[:]
+    if len(simple.graph.node) >= count or simple.ByteSize() > 1.05 * proto.ByteSize() + 4 * _ROOM:
+        return 0  # nothing gained, or tables made in the graph became weights
     used = {node.domain for node in graph.all_nodes(simple)} | {""}
     imports = [entry for entry in proto.opset_import if entry.domain in used or entry.domain in _DEFAULT]
-    del simple.graph.value_info[:]
     proto.graph.CopyFrom(simple.graph)
     del proto.opset_import[:]
     proto.opset_import.extend(imports)

@@ -20,6 +20,7 @@ from quantize import runtime
 from quantize.cli import main
 from quantize.inspect import facts_of, text_of
 from quantize.load import load_model
+from quantize.normalise import normalise
 from quantize.verify import verify_bundle
 from tests.quantize import models
 from tests.quantize.models import quantize_fast as quantize
@@ -149,6 +150,27 @@ def test_remarks_of_the_exporter_at_every_node_are_left_out(tmp_path):
     assert loaded.metadata_props[0].value == "ok,broken"
 
 
+def test_tables_that_are_made_in_the_graph_do_not_become_weights(tmp_path):
+    """A filter bank of 512 x 64 from two vectors: 131 kB that a file of some kilobytes did not have."""
+    nodes = [
+        helper.make_node("MatMul", ["column", "row"], ["angles"]),
+        helper.make_node("Sin", ["angles"], ["bank"]),
+        helper.make_node("MatMul", ["x", "bank"], ["features"]),
+        helper.make_node("Gemm", ["features", "W0", "b0"], ["y"]),
+    ]
+    weights = {
+        "column": np.linspace(0, 1, 512, dtype=np.float32).reshape(512, 1),
+        "row": np.linspace(1, 8, 64, dtype=np.float32).reshape(1, 64),
+        **models.dense([64, 8]),
+    }
+    inputs = [("x", TensorProto.FLOAT, ["N", 512])]
+    path = models.save(tmp_path / "m.onnx", nodes, weights, inputs, [("y", ["N", 8])])
+    rows = np.random.default_rng(0).standard_normal((20, 512)).astype(np.float32)
+    normal = normalise(load_model(path), {"x": rows})
+    assert normal.proto.ByteSize() < 1.2 * path.stat().st_size
+    assert any(node.op_type == "Sin" for node in normal.proto.graph.node)
+
+
 @pytest.mark.parametrize(
     ("dims", "axis"),
     [([WIDTH, "N"], 1), (["steps", "batch_size", 4], 1), ([1, "points", 3], 0), (["N", "batches_no", 2], 1)],
@@ -220,6 +242,13 @@ def nan_weight(model: onnx.ModelProto) -> None:
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(values, "W0"))
 
 
+def two_numbers(model: onnx.ModelProto) -> None:
+    for name in "ab":
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+    model.graph.node.append(helper.make_node("Clip", ["y", "a", "b"], ["z"]))
+    model.graph.output[0].name = "z"
+
+
 def no_dimensions(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.ClearField("shape")
 
@@ -232,6 +261,8 @@ def no_dimensions(model: onnx.ModelProto) -> None:
         (dropout, "draws random numbers (Dropout)"),
         (nan_weight, "no finite number in output 'y' on the data: its weights hold NaN ('W0')"),
         (no_dimensions, "input 'x' does not say its dimensions"),
+        (two_numbers, "inputs 'a', 'b' have no batch dimension"),
+        (two_numbers, "give a value with --set a=VALUE --set b=VALUE"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(tmp_path, capsys, change, message):
