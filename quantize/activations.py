@@ -18,9 +18,10 @@ from typing import Final
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from quantize.graph import replace_nodes, unique
+from quantize.weights import array_of
 
 _MICROSOFT: Final = "com.microsoft"
 _CLOSE: Final = 1e-4  # constants as exporters round them: 1.41421, 0.16667
@@ -41,7 +42,7 @@ class _Fusion:
         self._gone: dict[int, list[onnx.NodeProto]] = {}  # replaced nodes, and by what
         self._outputs = {value.name for value in graph.output}
         self._constants: Mapping[str, float] = {
-            tensor.name: float(numpy_helper.to_array(tensor).reshape(-1)[0])
+            tensor.name: float(array_of(tensor).reshape(-1)[0])
             for tensor in graph.initializer
             if tensor.data_type == onnx.TensorProto.FLOAT and int(np.prod(tensor.dims)) == 1
         }

@@ -19,6 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from quantize.graph import names_read, reads, subgraphs, unique
+from quantize.weights import array_of
 
 MULTIPLE: Final = 16  # channels: one vector register of int8
 
@@ -196,7 +197,7 @@ def _trace(
                 becomes = "flat"
             elif node.op_type == "Reshape" and place == "image" and len(others) == 1:
                 shape = weights.get(others[0][1])
-                values = None if shape is None else numpy_helper.to_array(shape).ravel()
+                values = None if shape is None else array_of(shape).ravel()
                 if values is None or len(values) != 2 or values[0] not in (-1, 0, 1):
                     return None
                 if values[1] > 0:
@@ -250,7 +251,7 @@ def _channel_axis(dims: list[int], place: str, width: int) -> int | None:
 def _axes(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> set[int] | None:
     if len(node.input) > 1 and node.input[1]:
         tensor = weights.get(node.input[1])
-        return None if tensor is None else {int(axis) for axis in numpy_helper.to_array(tensor).ravel()}
+        return None if tensor is None else {int(axis) for axis in array_of(tensor).ravel()}
     found = attributes(node).get("axes")
     return None if found is None else {int(axis) for axis in found}
 
@@ -274,7 +275,7 @@ class Net:
 
     def get(self, position: int, index: int) -> np.ndarray:
         """The constant that a node reads as its input ``index``."""
-        values: np.ndarray = numpy_helper.to_array(self._weights[self.node(position).input[index]])
+        values: np.ndarray = array_of(self._weights[self.node(position).input[index]])
         return values
 
     def take(self, position: int, index: int, axis: int, kept: np.ndarray) -> None:

@@ -14,6 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# Two batches or candidates run at a time; threads of numpy's BLAS inside each of them would wait for cores by
+# spinning (thirteen times the processor time, measured beside other programs), and their number would be in
+# the last bits of the weights.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from edge_agent.contract import wire
 from edge_agent.contract.manifest import check_name
 from edge_agent.contract.version import Version

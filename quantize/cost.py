@@ -142,7 +142,7 @@ def fused_for(target: Target, model: Path | onnx.ModelProto, scratch: Path) -> o
 def _fused(model: Path | onnx.ModelProto, scratch: Path, settings: Mapping[str, str]) -> onnx.ModelProto:
     level = runtime.OptimizationLevel.ORT_ENABLE_EXTENDED
     runtime.open_session(model, settings=settings, level=level, optimized=scratch)
-    graph = onnx.load(scratch)
+    graph = onnx.load(scratch, load_external_data=False)
     scratch.unlink()
     return graph
 

@@ -32,6 +32,7 @@ from onnx import TensorProto, helper, numpy_helper
 from quantize.calibrate import Range
 from quantize.compare import Comparison
 from quantize.prepare import drop_unused
+from quantize.weights import array_of, check
 
 # The same numbers in another order: their range is the range of what they read, and no scale is needed twice.
 _MOVES_DATA: Final = (
@@ -195,7 +196,7 @@ class Wiring:
             if len(node.input) > index and node.input[index]:
                 tensor = self.weights.get(node.input[index])
                 if tensor is not None:
-                    ends[index - 1] = float(numpy_helper.to_array(tensor).reshape(-1)[0])
+                    ends[index - 1] = float(array_of(tensor).reshape(-1)[0])
         return ends[0], ends[1]
 
     def sources(self, tensor: str) -> list[str]:
@@ -366,7 +367,7 @@ def write_int8(proto: onnx.ModelProto, plan: Plan, recipe: Recipe) -> onnx.Model
     microsoft = write_graph(result.graph, plan, recipe)
     if microsoft and not any(entry.domain == MICROSOFT for entry in result.opset_import):
         result.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
-    onnx.checker.check_model(result)
+    check(result)
     return result
 
 
@@ -586,7 +587,7 @@ class _Writer:
         ]
 
     def _array(self, name: str) -> np.ndarray:
-        return np.asarray(numpy_helper.to_array(self._wiring.weights[name]), np.float64)
+        return np.asarray(array_of(self._wiring.weights[name]), np.float64)
 
     def _layer(self, node: onnx.NodeProto, layer: Layer) -> None:
         """Weight and bias of a static layer as DQ of int8 and int32 constants."""

@@ -25,6 +25,7 @@ from quantize.data import Input, Rows, both_classes, good_rows, load_data, load_
 from quantize.errors import BadModel
 from quantize.graph import all_nodes, drop_remarks, opset_of, rename_reads, sort_nodes, unique
 from quantize.rewrite import OPSET
+from quantize.weights import WeightFile
 
 __all__ = [
     "FloatModel",
@@ -69,6 +70,7 @@ class FloatModel:
     fixed: Mapping[str, np.ndarray] = field(default_factory=dict)  # inputs that became constants
     batch_axis: Mapping[str, int] = field(default_factory=dict)  # of the original, where it is not the first
     outputs: tuple[str, ...] = ()  # of the original, that are kept
+    weights: WeightFile | None = None  # where the large ones are
 
     def run_original(
         self, session: runtime.Session, inputs: Mapping[str, np.ndarray]
@@ -93,21 +95,32 @@ class FloatModel:
         return results
 
 
-def load_model(path: Path, settings: Mapping[str, float] | None = None, *, trust: bool = False) -> FloatModel:
+def load_model(
+    path: Path,
+    settings: Mapping[str, float] | None = None,
+    *,
+    trust: bool = False,
+    folder: Path | None = None,
+) -> FloatModel:
     """Read and check an FP32 model: ONNX, or what ``convert`` makes ONNX of.
 
     Args:
         path: the file.
         settings: values for inputs that become constants (``--set``).
         trust: whether files that run code when they are read may be read.
+        folder: where large weights are kept while the model is in use; None: in memory.
 
     Raises:
+        OSError: ``folder`` cannot be written.
         BadModel: no such file, not ONNX, already quantized, operators without a kernel,
             external data outside the folder, or onnxruntime cannot load it.
     """
     proto, digest, size = read_model(path, trust=trust)
     notes = [f"converted from {path.suffix} to ONNX"] if path.suffix in _CONVERTED else []
     _refuse(path, proto)
+    weights = None if folder is None else WeightFile(folder / "weights")
+    if weights is not None:
+        proto = weights.take(proto)
     original = onnx.ModelProto()
     original.CopyFrom(proto)
 
@@ -128,6 +141,7 @@ def load_model(path: Path, settings: Mapping[str, float] | None = None, *, trust
         fixed=fixed,
         batch_axis=axes,
         outputs=kept,
+        weights=weights,
     )
 
 

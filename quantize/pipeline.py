@@ -83,11 +83,11 @@ def build(config: QuantizeConfig, log: StepLog) -> BuiltBundle:
         QuantizeError: model, data or output folder will not do; nothing is left behind.
     """
     label = f"{config.name}-{config.version}"
-    with log.step("load"):
-        source = load_model(config.model, config.settings, trust=config.trust)
-        calibration, held_out = load_data(config.calibration, config.validation, source.inputs)
-        parts = split(calibration, held_out)
     with staging(config.out, label) as stage:
+        with log.step("load"):
+            source = load_model(config.model, config.settings, trust=config.trust, folder=stage)
+            calibration, held_out = load_data(config.calibration, config.validation, source.inputs)
+            parts = split(calibration, held_out)
         with log.step("prepare"):
             model = prepare(source, calibration, config.prepare)
             sizes = sizes_of(model, calibration)

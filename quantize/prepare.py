@@ -28,6 +28,7 @@ from quantize.errors import BadData, BadModel
 from quantize.graph import drop_unused, imputes, opset_of, rename_reads, unique
 from quantize.load import FloatModel, Input, Rows
 from quantize.normalise import BATCH, Pass, normalise
+from quantize.weights import check
 
 __all__ = ["PreparedModel", "drop_unused", "prepare", "unique"]
 
@@ -109,7 +110,7 @@ def prepare(model: FloatModel, calibration: Rows, config: PrepareConfig) -> Prep
     score = _classes(proto, finder, config) if classes else _score(proto, only, finder, config.score)
     if steps is not None and only is not None:
         _insert(proto, only.name, steps)
-    onnx.checker.check_model(proto)
+    check(proto)
     return PreparedModel(
         proto=proto,
         inputs=tuple(_input_spec(entry, calibration, normal.fixed_batch) for entry in model.inputs),

@@ -47,6 +47,7 @@ from quantize.load import Rows
 from quantize.mixing import mixed
 from quantize.prepare import PreparedModel
 from quantize.repair import channels_of, patches, ridge, sample
+from quantize.weights import check
 from quantize.widths import Sizes, allocate, pivoted
 
 _CURVE: Final = (
@@ -441,7 +442,7 @@ class _Work:
             for consumer in group.consumers:
                 self._solve(net, consumer, outputs.get(consumer.node))
         proto = net.proto()
-        onnx.checker.check_model(proto)
+        check(proto)
         return proto
 
     def _narrow(self, net: Net, group: Group, kept: np.ndarray) -> None:

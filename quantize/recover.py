@@ -29,6 +29,7 @@ from quantize.calibrate import Channels, watch
 from quantize.int8 import Layer, Mode, Plan, Recipe, Rounded, along, weight_scale
 from quantize.load import Rows
 from quantize.prepare import PreparedModel
+from quantize.weights import array_of
 
 _ROUNDED: Final = ("Conv", "Gemm", "MatMul")
 _HOMOGENEOUS: Final = (
@@ -130,7 +131,7 @@ def equalize(proto: onnx.ModelProto, plan: Plan, channels: Mapping[str, Channels
 
     def array(name: str) -> np.ndarray:
         if name not in arrays:
-            arrays[name] = numpy_helper.to_array(tensors[name]).astype(np.float64)
+            arrays[name] = array_of(tensors[name]).astype(np.float64)
         return arrays[name]
 
     for first, second in pairs:
@@ -345,7 +346,7 @@ def _round(
     recipe: Recipe,
     weights: Mapping[str, onnx.TensorProto],
 ) -> Rounded:
-    values = numpy_helper.to_array(weights[layer.weight]).astype(np.float64)
+    values = array_of(weights[layer.weight]).astype(np.float64)
     has_bias = layer.kind != "MatMul"
     moments = gram.covariance(centred=has_bias)
     groups, inputs = moments.shape[:2]
@@ -353,11 +354,7 @@ def _round(
     rows = by_output.reshape(groups, -1, inputs)  # (groups, outputs, inputs)
     bias = None
     if has_bias:
-        bias = (
-            numpy_helper.to_array(weights[layer.bias]).astype(np.float64)
-            if layer.bias
-            else np.zeros(len(by_output))
-        )
+        bias = array_of(weights[layer.bias]).astype(np.float64) if layer.bias else np.zeros(len(by_output))
     scale = _scales(values, rows, moments, layer, recipe, bias)
     each = np.broadcast_to(scale, (len(by_output),)).astype(np.float64).reshape(groups, -1)
     quantized = _sequentially(rows, moments, each)

@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper, inliner, numpy_helper, shape_inference, version_converter
 
 from quantize import graph, runtime
+from quantize.weights import array_of, check, model_size, nbytes
 
 OPSET: Final = 17  # the first that has everything needed: per-axis DequantizeLinear came with 13
 IR_VERSION: Final = 8  # of opset 17; newer ones are kept
@@ -103,7 +104,7 @@ def _known_shapes(proto: onnx.ModelProto) -> int:
                 value = np.array(dims, np.int64)
         elif node.op_type == "Gather" and node.input[0] in made and node.input[1] in weights:
             dims = shapes.get(made[node.input[0]].input[0])
-            index = numpy_helper.to_array(weights[node.input[1]])
+            index = array_of(weights[node.input[1]])
             if dims is not None and (index < len(dims)).all() and (index >= -len(dims)).all():
                 picked = [dims[int(place)] for place in index.ravel()]
                 if all(isinstance(dim, int) for dim in picked):
@@ -169,7 +170,7 @@ def _fold_constants(proto: onnx.ModelProto) -> int:
             graph.replace_nodes(body, others)
             return len(group)
         values = _compute(proto, group, weights, wanted)
-        room = min(max(_ROOM, proto.ByteSize() * _ROOM_SHARE), _MOST_ROOM)
+        room = min(max(_ROOM, model_size(proto) * _ROOM_SHARE), _MOST_ROOM)
         made_of = _made_of(group, weights)
         large = {name for name in wanted if values[name].nbytes > max(room, made_of[name])}
         if large:
@@ -187,7 +188,7 @@ def _made_of(nodes: list[onnx.NodeProto], weights: Mapping[str, TensorProto]) ->
     for node in nodes:
         together = frozenset().union(*(into[name] for name in node.input if name))
         into.update((name, together) for name in node.output if name)
-    bytes_of = {name: weight.ByteSize() for name, weight in weights.items()}
+    bytes_of = {name: nbytes(weight) for name, weight in weights.items()}
     return {name: sum(bytes_of[i] for i in into[name]) for node in nodes for name in node.output if name}
 
 
@@ -217,7 +218,7 @@ def _inline_ifs(body: onnx.GraphProto) -> int:
     for position, node in enumerate(body.node):
         if node.op_type != "If" or node.input[0] not in weights:
             continue
-        taken = "then_branch" if numpy_helper.to_array(weights[node.input[0]]).all() else "else_branch"
+        taken = "then_branch" if array_of(weights[node.input[0]]).all() else "else_branch"
         branch = next(attribute.g for attribute in node.attribute if attribute.name == taken)
         own = {tensor.name for tensor in branch.initializer}
         own.update(name for inner in branch.node for name in inner.output if name)
@@ -286,7 +287,7 @@ def _tensor_to_float32(tensor: TensorProto) -> int:
     if tensor.data_type not in _OTHER_FLOATS:
         return 0
     with np.errstate(over="ignore"):
-        values = numpy_helper.to_array(tensor).astype(np.float32)
+        values = array_of(tensor).astype(np.float32)
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     return 1
 
@@ -298,11 +299,11 @@ def simplify(proto: onnx.ModelProto) -> int:
     with tempfile.TemporaryDirectory(prefix="quantize-") as folder:
         path = Path(folder, "simple.onnx")
         runtime.open_session(proto, level=runtime.OptimizationLevel.ORT_ENABLE_BASIC, optimized=path)
-        simple = onnx.load(path)
+        simple = onnx.load(path, load_external_data=False)
     if any(node.domain not in domains for node in simple.graph.node):
         return 0
     del simple.graph.value_info[:]
-    if len(simple.graph.node) >= count or simple.ByteSize() > 1.05 * proto.ByteSize() + 4 * _ROOM:
+    if len(simple.graph.node) >= count or model_size(simple) > 1.05 * model_size(proto) + 4 * _ROOM:
         return 0  # nothing gained, or tables made in the graph became weights
     used = {node.domain for node in graph.all_nodes(simple)} | {""}
     imports = [entry for entry in proto.opset_import if entry.domain in used or entry.domain in _DEFAULT]
@@ -315,7 +316,7 @@ def simplify(proto: onnx.ModelProto) -> int:
 def convert_opset(proto: onnx.ModelProto) -> int:
     """To ``OPSET``, with onnx's own converter."""
     converted = version_converter.convert_version(proto, OPSET)
-    onnx.checker.check_model(converted)
+    check(converted)
     proto.CopyFrom(converted)
     proto.ir_version = max(proto.ir_version, IR_VERSION)
     return 1
@@ -326,7 +327,7 @@ def raise_opset(proto: onnx.ModelProto) -> int:
     for entry in proto.opset_import:
         if entry.domain in _DEFAULT:
             entry.version = OPSET
-    onnx.checker.check_model(proto)
+    check(proto)
     return 1
 
 
@@ -483,7 +484,7 @@ def _affine_of(
     other = node.input[1] if node.input[0] == tensor else node.input[0]
     if other not in weights or weights[other].data_type != TensorProto.FLOAT:
         return None
-    value = _per_channel(numpy_helper.to_array(weights[other]), channels, rank, axis)
+    value = _per_channel(array_of(weights[other]), channels, rank, axis)
     if value is None:
         return None
     first = node.input[0] == tensor
@@ -504,9 +505,7 @@ def _batch_norm(
         return None
     if any(name not in weights for name in node.input[1:5]):
         return None
-    gamma, beta, mean, variance = (
-        numpy_helper.to_array(weights[name]).astype(np.float64) for name in node.input[1:5]
-    )
+    gamma, beta, mean, variance = (array_of(weights[name]).astype(np.float64) for name in node.input[1:5])
     if gamma.shape != (channels,):
         return None
     scale = gamma / np.sqrt(variance + attributes.get("epsilon", 1e-5))
@@ -534,7 +533,7 @@ def _scale_weight(
 ) -> None:
     if (total.scale == 1).all():
         return
-    values = numpy_helper.to_array(weights[node.input[1]]).astype(np.float64)
+    values = array_of(weights[node.input[1]]).astype(np.float64)
     attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
     of_weight = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}.get(node.op_type)
     if of_weight is None:
@@ -555,9 +554,7 @@ def _shift_bias(
 ) -> None:
     bias = np.zeros(channels)
     if len(node.input) > 2 and node.input[2]:
-        bias = np.broadcast_to(
-            numpy_helper.to_array(weights[node.input[2]]).astype(np.float64).reshape(-1), (channels,)
-        )
+        bias = np.broadcast_to(array_of(weights[node.input[2]]).astype(np.float64).reshape(-1), (channels,))
     folded = (bias * total.scale + total.shift).astype(np.float32)
     name = graph.unique(body, f"{node.output[0]}_bias")
     body.initializer.append(numpy_helper.from_array(folded, name))
@@ -609,7 +606,7 @@ def _absorb_bias(
         return 0
     if node.output[0] in outputs or len(weights[bias].dims) > 2:
         return 0
-    flat = numpy_helper.to_array(weights[bias]).reshape(-1)
+    flat = array_of(weights[bias]).reshape(-1)
     name = graph.unique(body, f"{bias}_1d")
     body.initializer.append(numpy_helper.from_array(flat, name))
     node.op_type = "Gemm"
@@ -627,7 +624,7 @@ def _plain_gemm(body: onnx.GraphProto, node: onnx.NodeProto, weights: Mapping[st
         value = attributes[factor].f if factor in attributes else 1.0
         if value != 1.0 and (len(node.input) <= index or node.input[index] in weights):
             if len(node.input) > index:
-                folded = numpy_helper.to_array(weights[node.input[index]]) * np.float32(value)
+                folded = array_of(weights[node.input[index]]) * np.float32(value)
                 node.input[index] = graph.unique(body, f"{node.input[index]}_{factor}")
                 body.initializer.append(numpy_helper.from_array(folded, node.input[index]))
             attributes[factor].f = 1.0
@@ -637,7 +634,7 @@ def _plain_gemm(body: onnx.GraphProto, node: onnx.NodeProto, weights: Mapping[st
     weight = known.get(node.input[1])
     if bias is not None and weight is not None and len(bias.dims) != 1:
         columns = weight.dims[0 if "transB" in attributes and attributes["transB"].i else 1]
-        values = numpy_helper.to_array(bias)
+        values = array_of(bias)
         if values.size in (1, columns) and (values.ndim == 0 or values.shape[-1] == values.size):
             node.input[2] = graph.unique(body, f"{bias.name}_1d")
             full = np.broadcast_to(values.reshape(-1), (columns,)).copy()
@@ -686,7 +683,7 @@ def _join_pairs(body: onnx.GraphProto) -> int:
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("perm", [first[place] for place in second]))
         elif node.op_type == "Reshape" and node.input[1] in weights:
-            if (numpy_helper.to_array(weights[node.input[1]]) == 0).any():
+            if (array_of(weights[node.input[1]]) == 0).any():
                 continue  # a 0 means "as before", and before would be another shape
         else:
             continue

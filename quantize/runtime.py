@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from quantize import weights
 from quantize.errors import BadModel
 
 VERSION: Final[str] = onnxruntime.__version__
@@ -34,6 +35,8 @@ _SOURCE: Final = re.compile(r"/onnxruntime_src/\S+:\d+ \S[^()]*\(.*?\) (?=[A-Z0-
 
 # What makes an x86 build run the graph that ARM will run: S8S8 QDQ fuses there by default, here on demand.
 ARM_GRAPH: Final = {"session.qdqisint8allowed": "1"}
+
+_EXTERNAL_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 
 OptimizationLevel: Final = onnxruntime.GraphOptimizationLevel
 
@@ -64,14 +67,18 @@ def open_session(
     settings: Mapping[str, str] | None = None,
     level: Any = OptimizationLevel.ORT_ENABLE_ALL,
     optimized: Path | None = None,
+    timed: bool = False,
 ) -> Session:
     """Load a model on one thread.
+
+    Weights that the graph refers to (``weights``) are mapped, not copied.
 
     Args:
         model: a graph in memory, or a file.
         settings: session configuration entries.
         level: how far the graph is optimised.
         optimized: where to write the graph as onnxruntime will run it.
+        timed: whether speed matters more than memory: kernels then keep packed copies of the weights.
 
     Raises:
         BadModel: onnxruntime refuses it; says why in its words.
@@ -83,6 +90,10 @@ def open_session(
     options.log_severity_level = _SILENT
     options.graph_optimization_level = level
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not isinstance(model, Path) and weights.any_shared(model.graph):
+        options.add_session_config_entry(_EXTERNAL_FOLDER, str(weights.ROOT))
+        if not timed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
     for key, value in (settings or {}).items():
         options.add_session_config_entry(key, value)
     if optimized is not None:

@@ -27,7 +27,6 @@ from typing import Final, Protocol, TypeVar
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from quantize import cost, runtime
 from quantize.alone import open_alone
@@ -53,6 +52,7 @@ from quantize.int8 import (
 from quantize.load import Rows
 from quantize.prepare import PreparedModel
 from quantize.recover import channel_axes, equalize, round_weights
+from quantize.weights import array_of, save
 
 DYNAMIC: Final = "dynamic int8 (MatMul, Gemm, LSTM)"
 FLOAT: Final = "fp32"
@@ -202,9 +202,9 @@ class _Search:
         self._candidates: dict[str, Candidate] = {}
         self._alone: dict[tuple[int, Mode], float] = {}  # noise power of one layer, relative
         self._float_path = folder / "fp32.onnx"
-        onnx.save(model.proto, self._float_path)
+        save(model.proto, self._float_path)
         self._float_size = self._float_path.stat().st_size
-        fused = cost.fused_for(target, self._float_path, folder / "arm.onnx")
+        fused = cost.fused_for(target, model.proto, folder / "arm.onnx")
         self._float_seconds = cost.cost_of(fused, observed.sizes, target).seconds
         self._weights = {tensor.name: tensor for tensor in model.proto.graph.initializer}
 
@@ -230,7 +230,7 @@ class _Search:
         def made(index: int) -> Comparison | str:
             (_, recipe, graph), (_, path) = wanted[index], named[index]
             try:
-                onnx.save(write_int8(graph, self._plan, recipe), path)
+                save(write_int8(graph, self._plan, recipe), path)
                 return self._judge.few(path)
             except OSError:
                 raise
@@ -359,7 +359,7 @@ class _Search:
 
     def _costs_little(self, layer: Layer) -> bool:
         """Whether one scale rounds the weights about as well as one per channel."""
-        values = numpy_helper.to_array(self._weights[layer.weight]).astype(np.float64)
+        values = array_of(self._weights[layer.weight]).astype(np.float64)
         errors = []
         for axis in (layer.axis, None):
             scale = weight_scale(values, axis)

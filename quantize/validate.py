@@ -306,9 +306,9 @@ def _latency(model: PreparedModel, int8: Int8Model, rows: Rows) -> Latency:
     recipe = int8.recipe
     x86 = platform.machine() in ("x86_64", "AMD64")
     if x86 and recipe is not None and recipe.signed and recipe.count(Mode.STATIC):
-        session = runtime.open_session(write_int8(int8.graph, int8.plan, recipe.twin()))
+        session = runtime.open_session(write_int8(int8.graph, int8.plan, recipe.twin()), timed=True)
         timed = "a U8S8 twin (x86 has no fast S8S8 kernels)"
-    fp32, chosen = in_turns((runtime.open_session(model.proto), session), feeds)
+    fp32, chosen = in_turns((runtime.open_session(model.proto, timed=True), session), feeds)
     return Latency(fp32=fp32, chosen=chosen, timed=timed, machine=platform.machine(), rows=count)
 
 

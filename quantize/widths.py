@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from quantize.channels import MULTIPLE, Group, out_axis, plain
+from quantize.weights import file_size
 
 _STEP: Final = 1 / 24  # of a group's width: what it gives up at a time
 _BLOCK: Final = 64
@@ -38,7 +39,7 @@ class Sizes:
                 counted.update(node.input[1:])
                 outputs = int(dims[out_axis(node)])
                 self._layers.append((math.prod(dims), outputs, made.get(position), read.get(position)))
-        other = sum(tensor.ByteSize() for tensor in graph.initializer if tensor.name not in counted)
+        other = sum(file_size(tensor) for tensor in graph.initializer if tensor.name not in counted)
         skeleton = sum(node.ByteSize() for node in graph.node) + 2000
         self._rest: int = other + skeleton + _LAYER_BYTES * len(self._layers)
 

@@ -12,6 +12,8 @@ import pytest
 
 # Before any test imports onnxruntime: its official wheels phone home otherwise. Children inherit it.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# As quantize-model and the agent have it, which here run in a process that has imported numpy before.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from tests.support.services import Mosquitto, Prometheus
 
