@@ -418,7 +418,7 @@ def measure(
         stock.append(result)
         yield result
 
-    command = [sys.executable, "-m", "quantize.cli", str(path), "--calibration", str(data), "--quiet"]
+    command = [sys.executable, "-m", "quantize", str(path), "--calibration", str(data), "--quiet"]
     command += ["--name", "model", "--version", "1.0.0", *model.options]
     if labels is not None:
         held = work / "validation.npz"

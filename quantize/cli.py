@@ -1,7 +1,7 @@
 """``quantize-model``: FP32 ONNX model in, INT8 bundle out.
 
 Exit codes: 0 the bundle is written (or what was asked is printed), 1 an expected failure (one line on stderr,
-nothing left behind), 2 wrong usage, 130 interrupted.
+nothing left behind), 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from edge_agent.contract import wire
 from edge_agent.contract.manifest import check_name
 from edge_agent.contract.version import Version
+from quantize import interrupts
 from quantize.config import (
     Budget,
     Metric,
@@ -61,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"quantize-model: {_unexpected(error)}\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("\nquantize-model: interrupted, nothing was written\n")
-        return 130
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(interrupts.line_of(interrupt))
+        return interrupts.exit_code_of(interrupt)
 
 
 def _unexpected(error: Exception) -> str:
@@ -77,7 +78,8 @@ def _unexpected(error: Exception) -> str:
 def _build(arguments: argparse.Namespace) -> int:
     from quantize.pipeline import StepLog, build
 
-    built = build(_config(arguments), StepLog(io.StringIO() if arguments.quiet else sys.stderr))
+    with interrupts.raised():
+        built = build(_config(arguments), StepLog(io.StringIO() if arguments.quiet else sys.stderr))
     if arguments.json:
         sys.stdout.write(wire.to_json(built.facts).decode())
     else:
@@ -88,7 +90,8 @@ def _build(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from quantize.inspect import facts_of, text_of
 
-    facts = facts_of(arguments.model, dict(arguments.settings), trust=arguments.trust)
+    with interrupts.raised():
+        facts = facts_of(arguments.model, dict(arguments.settings), trust=arguments.trust)
     sys.stdout.write(wire.to_json(facts).decode() if arguments.json else text_of(facts))
     return 0
 
@@ -106,7 +109,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from quantize.verify import verify_bundle
 
-    verified = verify_bundle(arguments.verify, emulate=arguments.emulate)
+    with interrupts.raised():
+        verified = verify_bundle(arguments.verify, emulate=arguments.emulate)
     sys.stdout.write(f"{verified.text}\n")
     return 1 if verified.failed else 0
 
@@ -287,7 +291,3 @@ def _checked(convert: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return converted
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,7 +23,7 @@ from edge_agent.contract.manifest import Decision, Manifest, Provenance, Require
 from edge_agent.contract.version import Version
 from edge_agent.drift.binning import baseline_of
 from quantize import bundle as bundling
-from quantize import decide, fallback, report, runtime
+from quantize import decide, fallback, interrupts, report, runtime
 from quantize.config import QuantizeConfig
 from quantize.cost import TARGETS, sizes_of
 from quantize.errors import BadModel
@@ -121,6 +121,7 @@ def build(config: QuantizeConfig, log: StepLog) -> BuiltBundle:
             (stage / "report.json").write_bytes(wire.to_json(facts))
             (stage / "report.html").write_text(report.html(facts), encoding="utf-8")
             table = report.table(config, source, int8, verdict, members.fallback, written)
+            interrupts.hold()
             folder, tar, beside = bundling.publish(stage, config.out, label, overwrite=config.overwrite)
     return BuiltBundle(
         folder=folder, tar=tar, report=beside, bundle=bundles.open_bundle(folder), facts=facts, table=table

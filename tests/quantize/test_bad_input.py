@@ -178,7 +178,7 @@ def test_control_c_leaves_nothing_behind(autoencoder, calibration, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     many = models.write_rows(tmp_path / "many.npz", np.tile(models.rows(500), (400, 1)))
-    command = [sys.executable, "-m", "quantize.cli", str(autoencoder), "--calibration", str(many)]
+    command = [sys.executable, "-m", "quantize", str(autoencoder), "--calibration", str(many)]
     command += ["--name", "unit", "--version", "1.2.3", "--out", str(out)]
     # Whoever runs the tests in the background of a shell gives them, and their children, SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -18,7 +18,7 @@ from tests.quantize.models import quantize_fast as quantize
 
 
 def command(model: Path, data: Path, out: Path) -> list[str]:
-    words = [sys.executable, "-m", "quantize.cli", str(model), "--calibration", str(data)]
+    words = [sys.executable, "-m", "quantize", str(model), "--calibration", str(data)]
     return [*words, "--fast", "--name", "unit", "--version", "1.2.3", "--out", str(out)]
 
 
