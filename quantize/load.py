@@ -70,7 +70,7 @@ class FloatModel:
     fixed: Mapping[str, np.ndarray] = field(default_factory=dict)  # inputs that became constants
     batch_axis: Mapping[str, int] = field(default_factory=dict)  # of the original, where it is not the first
     outputs: tuple[str, ...] = ()  # of the original, that are kept
-    weights: WeightFile | None = None  # where the large ones are
+    folder: Path | None = None  # where large weights and scratch files are; None: in memory
 
     def run_original(
         self, session: runtime.Session, inputs: Mapping[str, np.ndarray]
@@ -118,9 +118,8 @@ def load_model(
     proto, digest, size = read_model(path, trust=trust)
     notes = [f"converted from {path.suffix} to ONNX"] if path.suffix in _CONVERTED else []
     _refuse(path, proto)
-    weights = None if folder is None else WeightFile(folder / "weights")
-    if weights is not None:
-        proto = weights.take(proto)
+    if folder is not None:
+        proto = WeightFile(folder).take(proto)
     original = onnx.ModelProto()
     original.CopyFrom(proto)
 
@@ -141,7 +140,7 @@ def load_model(
         fixed=fixed,
         batch_axis=axes,
         outputs=kept,
-        weights=weights,
+        folder=folder,
     )
 
 

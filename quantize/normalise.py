@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -24,7 +25,7 @@ from quantize import activations, compare, graph, rewrite, runtime
 from quantize.errors import BadData, BadModel
 from quantize.load import FloatModel
 from quantize.rewrite import IR_VERSION, OPSET
-from quantize.weights import array_of, check
+from quantize.weights import WeightFile, array_of, check
 
 BATCH: Final = "N"
 PROOF: Final = 120.0  # dB
@@ -81,6 +82,7 @@ def normalise(model: FloatModel, inputs: Mapping[str, np.ndarray]) -> NormalForm
     proto = _copy(model.proto)
     proto.ir_version = max(proto.ir_version, IR_VERSION)
     fixed = _free_batch(proto, model, inputs)
+    weights = None if model.folder is None else WeightFile(model.folder)
     proof = _Proof(model, inputs, fixed)
     passes: list[Pass] = []
 
@@ -92,8 +94,8 @@ def normalise(model: FloatModel, inputs: Mapping[str, np.ndarray]) -> NormalForm
             if not changes:
                 return False
             graph.drop_unused(changed.graph)
-            if model.weights is not None:
-                changed = model.weights.take(changed)
+            if weights is not None:
+                changed = weights.take(changed)
             sqnr = proof.sqnr(changed)
         except BadModel:
             passes.append(Pass(name=name, changes=0, sqnr=None, kept=False))
@@ -124,7 +126,7 @@ def normalise(model: FloatModel, inputs: Mapping[str, np.ndarray]) -> NormalForm
     for kind, bar in ((TensorProto.FLOAT16, _HALF_PROOF), (TensorProto.DOUBLE, _DOUBLE_PROOF)):
         if kind in rewrite.float_kinds(proto):
             attempt(f"{TensorProto.DataType.Name(kind)} arithmetic in float32", rewrite.to_float32, bar)
-    attempt("simplified by onnxruntime", rewrite.simplify)
+    attempt("simplified by onnxruntime", partial(rewrite.simplify, scratch=model.folder))
     before = graph.opset_of(proto)
     if before < OPSET and not attempt(f"opset {before} converted to {OPSET}", rewrite.convert_opset):
         attempt(f"opset {before} raised to {OPSET}", rewrite.raise_opset)

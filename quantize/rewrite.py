@@ -292,11 +292,16 @@ def _tensor_to_float32(tensor: TensorProto) -> int:
     return 1
 
 
-def simplify(proto: onnx.ModelProto) -> int:
-    """Basic optimizations as onnxruntime does them: folding, common subexpressions, redundant nodes."""
+def simplify(proto: onnx.ModelProto, scratch: Path | None = None) -> int:
+    """Basic optimizations as onnxruntime does them: folding, common subexpressions, redundant nodes.
+
+    Args:
+        proto: changed in place.
+        scratch: a folder for what onnxruntime writes; None: that of temporary files.
+    """
     count = len(proto.graph.node)
     domains = {node.domain for node in proto.graph.node} | set(_DEFAULT)
-    with tempfile.TemporaryDirectory(prefix="quantize-") as folder:
+    with tempfile.TemporaryDirectory(prefix="quantize-", dir=scratch) as folder:
         path = Path(folder, "simple.onnx")
         runtime.open_session(proto, level=runtime.OptimizationLevel.ORT_ENABLE_BASIC, optimized=path)
         simple = onnx.load(path, load_external_data=False)

@@ -108,7 +108,8 @@ def open_session(
         )
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         if optimized is not None and "serialization failed" in str(error):
-            # It could not write the file, and does not say why: what Python's own write would have said.
+            # It could not write the file, and does not say why: Python's own write does.
+            optimized.write_bytes(source if isinstance(source, bytes) else Path(source).read_bytes())
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(optimized)) from error
         raise BadModel(f"onnxruntime cannot load the model: {one_line(error)}") from error
     return session

@@ -36,10 +36,10 @@ _GRAPH_INITIALIZER: Final = b"\x2a"
 
 
 class WeightFile:
-    """The large weights of one run, one behind the other."""
+    """The large weights of one run, one behind the other, in the file ``weights`` of a folder."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path.resolve()
+    def __init__(self, folder: Path) -> None:
+        self._path = folder.resolve() / "weights"
         try:
             self._location: str | None = str(self._path.relative_to(ROOT))
             self._location.encode()

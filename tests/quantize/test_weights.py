@@ -36,7 +36,7 @@ def wide(path: Path, width: int = 1024) -> Path:
 def shared(tmp_path):
     """A model of 4 MB whose large weight is in a file, and the same with all in memory."""
     proto = onnx.load(wide(tmp_path / "wide.onnx"))
-    return WeightFile(tmp_path / "weights").take(proto), onnx.load(tmp_path / "wide.onnx")
+    return WeightFile(tmp_path).take(proto), onnx.load(tmp_path / "wide.onnx")
 
 
 def test_a_graph_that_refers_to_its_weights_is_small_and_has_the_same_numbers(shared):
