@@ -25,7 +25,7 @@ from edge_agent.contract.manifest import Datatype, Task, TensorSpec
 from quantize import runtime
 from quantize.config import Impute, PrepareConfig, Scale, Score
 from quantize.errors import BadData, BadModel
-from quantize.graph import drop_unused, imputes, opset_of, rename_reads, unique
+from quantize.graph import all_nodes, drop_unused, imputes, opset_of, rename_reads, unique
 from quantize.load import FloatModel, Input, Rows
 from quantize.normalise import BATCH, Pass, normalise
 from quantize.weights import check
@@ -41,6 +41,8 @@ _FEW: Final = 4
 _PROBED: Final = 256  # rows that show whether an output holds probabilities
 _EXACT_ENOUGH: Final = 1e-3  # probabilities sum to one within this
 _FLOOR: Final = 0.05  # of the median error: a feature that is always right does not decide the weighted score
+
+_AS_MUCH_AS_FOUND: Final = ("NonMaxSuppression", "NonZero", "Unique", "Compress")
 
 _DATATYPES: Final[Mapping[str, Datatype]] = {
     "float32": Datatype.FP32, "float64": Datatype.FP64, "float16": Datatype.FP16, "bool": Datatype.BOOL,
@@ -301,7 +303,9 @@ def _score(proto: onnx.ModelProto, entry: Input | None, finder: _Finder, score: 
             error = finder.squared_error(entry.name, reconstruction)
             weights = 1.0 / np.maximum(error, max(_FLOOR * float(np.median(error)), 1e-30))
         return _reconstruction_error(proto, entry.name, reconstruction, score, weights)
-    single = [name for name, values in outputs.items() if values.shape[1:] in ((), (1,)) and values.shape]
+    single = [
+        name for name, values in outputs.items() if values.shape in ((finder.rows,), (finder.rows, 1))
+    ]  # as many numbers as rows; others give as many as they find
     if len(outputs) != 1 or not single or outputs[single[0]].dtype != np.float32:
         return None
     if outputs[single[0]].shape[1:] == (1,):
@@ -360,7 +364,10 @@ def _classes(proto: onnx.ModelProto, finder: _Finder, config: PrepareConfig) -> 
     tables = [
         name
         for name, values in finder.outputs.items()
-        if values.ndim == 2 and values.shape[1] > 1 and values.dtype == np.float32
+        if values.ndim == 2
+        and len(values) == finder.rows
+        and values.shape[1] > 1
+        and values.dtype == np.float32
     ]
     if len(tables) != 1:
         raise BadModel(
@@ -427,7 +434,8 @@ def _input_spec(entry: Input, rows: Rows, fixed: int | None) -> TensorSpec:
 def _output_specs(proto: onnx.ModelProto, rows: Rows, fixed: int | None) -> tuple[TensorSpec, ...]:
     """Names, types and shapes of the outputs as they come, from runs with one and with two rows.
 
-    What varies with the length of a row is what the model does not give a size, if its inputs have such.
+    What varies with the length of a row is what the model does not give a size, if its inputs have such, or
+    if it gives as much as it finds.
     """
     session = runtime.open_session(proto)
     counts = (fixed, fixed) if fixed else (1, 2)
@@ -443,6 +451,7 @@ def _output_specs(proto: onnx.ModelProto, rows: Rows, fixed: int | None) -> tupl
         for value in proto.graph.input
         for dim in value.type.tensor_type.shape.dim[1:]
     )
+    found = any(node.op_type in _AS_MUCH_AS_FOUND for node in all_nodes(proto))
     declared = {value.name: value.type.tensor_type.shape.dim for value in proto.graph.output}
     specs = []
     for name, values in first.items():
@@ -453,9 +462,9 @@ def _output_specs(proto: onnx.ModelProto, rows: Rows, fixed: int | None) -> tupl
         shape = [a if a == b else -1 for a, b in zip(values.shape, second[name].shape, strict=True)]
         if not fixed and len(values) == len(second[name]) == 1:
             shape[0] = -1  # two rows of different lengths do not make a batch of two
-        if lengths_vary and len(declared[name]) == len(shape):
+        if (lengths_vary or found) and len(declared[name]) == len(shape):
             for place, dim in enumerate(declared[name]):
-                if place and not (dim.HasField("dim_value") and dim.dim_value > 0):
+                if (place or found) and not (dim.HasField("dim_value") and dim.dim_value > 0):
                     shape[place] = -1
         specs.append(TensorSpec(name, _DATATYPES[values.dtype.name], tuple(shape)))
     return tuple(specs)

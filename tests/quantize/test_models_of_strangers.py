@@ -16,7 +16,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from quantize import runtime
+from edge_agent.contract import bundle
+from quantize import compare, runtime
 from quantize.cli import main
 from quantize.inspect import facts_of, text_of
 from quantize.load import load_model
@@ -76,10 +77,10 @@ def refusal(capsys: pytest.CaptureFixture[str], out: Path) -> str:
     return lines[0]
 
 
-def assert_close(bundle: Path, model: Path, rows: dict[str, np.ndarray]) -> None:
+def assert_close(folder: Path, model: Path, rows: dict[str, np.ndarray]) -> None:
     """The bundle's outputs on rows that it has not seen are those of the model, within 25 dB."""
     wanted = runtime.run(runtime.open_session(model), rows)
-    for name, got in runtime.run(runtime.open_session(bundle / "model.onnx"), rows).items():
+    for name, got in runtime.run(runtime.open_session(folder / "model.onnx"), rows).items():
         assert got.size == wanted[name].size
         noise = got.ravel().astype(np.float64) - wanted[name].ravel()
         assert (noise**2).sum() <= 10**-2.3 * (wanted[name].astype(np.float64) ** 2).sum()
@@ -213,6 +214,39 @@ def test_a_model_of_other_domains_only_has_an_operator_set(tmp_path):
     path = saved(tmp_path / "m.onnx", model)
     data = table(tmp_path / "rows.npz")
     assert quantize(path, data, tmp_path / "out", "--score", "none") == 0
+
+
+# -- as much as is found ----------------------------------------------------------------------------------
+
+
+def test_class_numbers_alone_are_compared_as_names(tmp_path):
+    before = {"class": np.array([1, 2, 3, 1000], np.int64)}
+    near = compare.outputs(before, {"class": np.array([1, 2, 3, 1001], np.int64)})
+    assert near.sqnr == pytest.approx(6.02, abs=0.01)  # a quarter differs
+    assert near.agreement == 0.75
+    assert compare.outputs(before, before).sqnr == compare.IDENTICAL
+    pixels = {"image": np.full(100, 200, np.uint8)}
+    assert compare.outputs(pixels, {"image": np.full(100, 201, np.uint8)}).sqnr > 40
+
+
+def test_another_number_of_detections_is_another_answer():
+    found = {"boxes": np.ones((5, 4), np.float32)}
+    assert compare.outputs(found, {"boxes": np.ones((4, 4), np.float32)}).sqnr == -compare.IDENTICAL
+
+
+def test_an_output_of_as_many_numbers_as_are_found_is_no_score_and_has_no_size(tmp_path):
+    model = dense_graph(
+        helper.make_node("Greater", ["y", "zero"], ["positive"]),
+        helper.make_node("Reshape", ["positive", "flat"], ["which"]),
+        helper.make_node("Compress", ["y", "which"], ["found"]),
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0), "zero"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1]), "flat"))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("found", TensorProto.FLOAT, [None]))
+    path = saved(tmp_path / "m.onnx", model)
+    assert quantize(path, table(tmp_path / "rows.npz"), tmp_path / "out") == 0
+    (output,) = bundle.open_bundle(tmp_path / "out" / "unit-1.2.3").manifest.outputs
+    assert (output.name, output.shape) == ("found", (-1,))
 
 
 # -- refused in one sentence ------------------------------------------------------------------------------
