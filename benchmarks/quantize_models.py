@@ -330,13 +330,13 @@ _MEASURED = (
 )
 
 
-def outputs(path: Path, arrays: Arrays, *, fixed: bool, states: Iterable[str] = ()) -> Arrays:
-    """All outputs of all rows."""
+def outputs(path: Path, arrays: Arrays, *, states: Iterable[str] = ()) -> Arrays:
+    """All outputs of all rows, one row at a time as on a device: dynamic quantization has one scale a run."""
     session = runtime.open_session(path)
     names = [entry.name for entry in session.get_inputs()]
     pieces = [
         runtime.run(session, {name: part[name] for name in names if name in part})
-        for part in batches(arrays, 1 if fixed else 8, states)
+        for part in batches(arrays, 1, states)
     ]
     return {
         name: np.concatenate([piece[name] for piece in pieces]) if pieces[0][name].ndim else pieces[0][name]
@@ -381,7 +381,7 @@ def measure(
     raw = next(iter(validation.values()))
     sizes = sizes_of(path, first)
 
-    expected = outputs(path, validation, fixed=model.fixed, states=states)
+    expected = outputs(path, validation, states=states)
     if model.score:
         expected = scored(expected, raw)
     seconds_fp32 = predicted(path, sizes, work / "arm.onnx")
@@ -389,7 +389,7 @@ def measure(
     def finish(result: Result, file: Path, timed: Path | None = None, *, own: bool = False) -> Result:
         result.size = file.stat().st_size
         try:
-            got = outputs(file, validation, fixed=model.fixed, states=() if own else states)
+            got = outputs(file, validation, states=() if own else states)
             result.loads = True
             judge(result, expected, scored(got, raw) if model.score else got, labels)
             result.predicted = predicted(file, sizes, work / "arm.onnx") / seconds_fp32

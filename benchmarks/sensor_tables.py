@@ -141,7 +141,7 @@ def measure(case: Case, folder: Path) -> list[str]:
     fed = scaled(rows)
 
     def scores(path: Path) -> np.ndarray:
-        found = outputs(path, {"x": fed}, fixed=False)["y"]
+        found = outputs(path, {"x": fed})["y"]
         return np.asarray(((found - fed) ** 2).mean(axis=1))
 
     stock_static(model, folder / "scaled.npz", folder / "static.onnx", fixed=False, states=[])
@@ -159,7 +159,7 @@ def measure(case: Case, folder: Path) -> list[str]:
     report = json.loads(said.getvalue())
     bundle = open_bundle(folder / "out" / "table-1.0.0")
     file = bundle.member(MODEL)
-    ours = outputs(file, {"x": rows}, fixed=False)["score"].reshape(-1)
+    ours = outputs(file, {"x": rows})["score"].reshape(-1)
 
     reference = scores(model)
     decision = report["decision"]

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edge_agent.contract.bundle import ROWS_APART, ROWS_KEY
 from quantize import runtime
 from quantize.graph import drop_unused, unique
 from quantize.int8 import MICROSOFT, Layer, Mode, Plan, Recipe, Wiring, write_graph
@@ -60,6 +61,10 @@ class _Switched:
     def get_outputs(self) -> Sequence[runtime.Tensor]:
         """As they are."""
         return self.session.get_outputs()
+
+    def get_modelmeta(self) -> Any:
+        """As it is."""
+        return self.session.get_modelmeta()
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """With the switch where it stands."""
@@ -108,6 +113,8 @@ def open_alone(proto: onnx.ModelProto, plan: Plan, recipe: Recipe) -> Alone:
     drop_unused(graph)
     if not any(entry.domain == MICROSOFT for entry in result.opset_import):
         result.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    if any(mode is Mode.DYNAMIC for _, mode in forms):
+        result.metadata_props.add(key=ROWS_KEY, value=ROWS_APART)
     return Alone(runtime.open_session(result, level=_LEVEL), which, forms)
 
 

@@ -29,6 +29,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edge_agent.contract.bundle import ROWS_APART, ROWS_KEY
 from quantize.calibrate import Range
 from quantize.compare import Comparison
 from quantize.prepare import drop_unused
@@ -367,6 +368,9 @@ def write_int8(proto: onnx.ModelProto, plan: Plan, recipe: Recipe) -> onnx.Model
     microsoft = write_graph(result.graph, plan, recipe)
     if microsoft and not any(entry.domain == MICROSOFT for entry in result.opset_import):
         result.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    if recipe.count(Mode.DYNAMIC):
+        # One scale for all rows of a run: an outlier would coarsen the answers of its neighbours.
+        result.metadata_props.add(key=ROWS_KEY, value=ROWS_APART)
     check(result)
     return result
 

@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from edge_agent.contract.bundle import ROWS_APART, ROWS_KEY
 from quantize import weights
 from quantize.errors import BadModel
 
@@ -56,6 +57,9 @@ class Session(Protocol):
 
     def get_outputs(self) -> Sequence[Tensor]:
         """The outputs, in order."""
+
+    def get_modelmeta(self) -> Any:
+        """What the file says of itself; ``custom_metadata_map`` is its ``metadata_props``."""
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The named outputs for these inputs."""
@@ -151,8 +155,12 @@ def stream(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Run all rows, ``batch`` at a time; yields the outputs of each batch, in order.
 
+    A model with dynamic quantization gets one row at a time, as on the device.
+
     Two batches run at a time, each on one thread: which core computes a batch does not change its bits.
     """
+    if session.get_modelmeta().custom_metadata_map.get(ROWS_KEY) == ROWS_APART:
+        batch = 1
     feeds = batches(inputs, batch)
     ahead = list(itertools.islice(feeds, THREADS))
     if len(ahead) < 2:

@@ -94,7 +94,7 @@ def verify_bundle(path: Path, *, emulate: Path | None = None) -> Verification:
     arm = None
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "vectors.npz"
-        _write(inputs, wanted)
+        _write(inputs, wanted, max(1, *(spec.shape[0] for spec in bundle.manifest.inputs)))
         checks.append(_golden([sys.executable, "-P"], model, inputs, "fresh process"))
         try:
             feeds = {entry.name: _numpy(entry) for entry in wanted.inputs}
@@ -167,7 +167,7 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no output"])[-1][:200]
 
 
-def _write(path: Path, golden: Golden) -> None:
+def _write(path: Path, golden: Golden, rows: int) -> None:
     exact = golden.agreement is Agreement.EXACT
     arrays: dict[str, Any] = {f"in/{entry.name}": _numpy(entry) for entry in golden.inputs}
     arrays |= {f"out/{entry.name}": _numpy(entry) for entry in golden.outputs}
@@ -176,6 +176,7 @@ def _write(path: Path, golden: Golden) -> None:
             file,
             absolute=np.float64(0.0 if exact else golden.absolute),
             relative=np.float64(0.0 if exact else golden.relative),
+            rows=np.int64(rows),
             **arrays,
         )
 

@@ -28,6 +28,9 @@ from edge_agent.contract.manifest import Manifest, Member
 MODEL: Final = "model.onnx"
 RULES: Final = "rules.yaml"
 REPORT: Final = "report.json"
+# In the metadata of model.onnx: its rows run one at a time, or each would change the answers of the others.
+ROWS_KEY: Final = "edge_inference.rows"
+ROWS_APART: Final = "apart"
 
 MAX_BYTES: Final = 1 << 30  # bytes unpacked: well above any model that fits a 4 GB device
 

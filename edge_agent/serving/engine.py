@@ -6,7 +6,9 @@ Invariants:
   otherwise, and the decision is latched for the process;
 - only the CPU provider, no custom operators, no fall-back that re-creates a session behind our back;
 - whatever onnxruntime raises becomes an ``EngineError``, also that it is missing or broken: it is imported
-  with the first model, so that an agent without it still answers from the rules.
+  with the first model, so that an agent without it still answers from the rules;
+- a row's answer is its own: a model whose file says that rows run together would change each other (dynamic
+  quantization takes one scale for a whole run) gets them one at a time.
 
 The default options are the low-jitter profile: one thread that never spins (spinning keeps other cores busy
 for nothing), no arena (it only grows), see docs/benchmarks.md.
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from edge_agent.config import EngineConfig
+from edge_agent.contract.bundle import ROWS_APART, ROWS_KEY
 from edge_agent.errors import EngineError
 from edge_agent.serving.tensors import Feeds, Tensor
 
@@ -53,6 +56,8 @@ class Engine:
         self._run_options = run_options
         self.input_names: list[str] = [node.name for node in session.get_inputs()]
         self.output_names: list[str] = [node.name for node in session.get_outputs()]
+        metadata = session.get_modelmeta().custom_metadata_map
+        self._apart = metadata.get(ROWS_KEY) == ROWS_APART
         self._options: onnxruntime.RunOptions | None = None
 
     @classmethod
@@ -65,7 +70,7 @@ class Engine:
         return cls(*_open(path, config))
 
     def run(self, feeds: Mapping[str, Tensor]) -> Feeds:
-        """Run the model once.
+        """Run the model once, or once a row if it wants its rows apart.
 
         Raises:
             EngineError: onnxruntime raised, or ``abort`` was called meanwhile.
@@ -74,12 +79,25 @@ class Engine:
         options.log_severity_level = 4
         self._options = options
         try:
-            values = self._session.run(self.output_names, feeds, options)
+            if self._apart:
+                values = self._one_by_one(feeds, options)
+            else:
+                values = self._session.run(self.output_names, feeds, options)
         except Exception as error:  # onnxruntime raises its own, unrelated types
             raise EngineError(f"onnxruntime raised: {_first_line(error)}") from error
         finally:
             self._options = None
         return dict(zip(self.output_names, values, strict=True))
+
+    def _one_by_one(self, feeds: Mapping[str, Tensor], options: onnxruntime.RunOptions) -> list[Tensor]:
+        rows = len(next(iter(feeds.values())))
+        answers = [
+            self._session.run(
+                self.output_names, {name: tensor[row : row + 1] for name, tensor in feeds.items()}, options
+            )
+            for row in range(rows)
+        ]
+        return answers[0] if rows == 1 else [np.concatenate(parts) for parts in zip(*answers, strict=True)]
 
     def abort(self) -> None:
         """Make a ``run`` that is under way in another thread raise as soon as onnxruntime notices."""

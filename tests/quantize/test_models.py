@@ -11,8 +11,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from edge_agent.config import EngineConfig
 from edge_agent.contract import bundle
 from edge_agent.contract.manifest import Task
+from edge_agent.update.selftest import run_self_test
 from quantize import compare, runtime
 from quantize.calibrate import calibrate
 from quantize.config import PrepareConfig, Scale
@@ -117,6 +119,8 @@ def test_a_recurrent_model_falls_back_to_dynamic_or_float_and_says_why(tmp_path)
     assert found["chosen"] == "dynamic int8 (MatMul, Gemm, LSTM)"
     assert found["kernels_on_arm64"]["DynamicQuantizeLSTM"] == 1
     assert found["bytes"] < model.stat().st_size
+    tested = run_self_test(bundle.open_bundle(tmp_path / "out" / "unit-1.2.3"), EngineConfig())
+    assert tested.passed, tested.message
 
 
 def test_a_model_without_dense_or_conv_layers_is_shipped_in_float_and_said(calibration, tmp_path, capsys):

@@ -323,6 +323,23 @@ def test_dynamic_layers_are_close_and_quantize_while_running(autoencoder, calibr
     assert case.judge.few(tmp_path / "dynamic.onnx").sqnr > 15
 
 
+def test_dynamic_layers_are_judged_row_by_row_as_they_run_on_the_device(autoencoder, calibration, tmp_path):
+    """A run has one scale for all of its rows: beside an outlier the others would be coarse."""
+    case = Case(autoencoder, calibration, scale=Scale.STANDARD)
+    plan = plan_of(case.model.proto)
+    recipe = replace(static_recipe(plan, {}), modes=plan.dynamic())
+    session = runtime.open_session(write_int8(case.model.proto, plan, recipe))
+    rows = models.rows(8)
+    beside = rows.copy()
+    beside[3] *= 1e4
+    one, other = (runtime.run_all(session, {"x": given}, 8)["score"] for given in (rows, beside))
+    others = np.arange(8) != 3
+    assert one[others].tobytes() == other[others].tobytes()
+    alone = np.concatenate([runtime.run(session, {"x": row[None]})["score"] for row in rows])
+    assert one.tobytes() == alone.tobytes()
+    assert runtime.run(session, {"x": beside})["score"][others].tobytes() != one[others].tobytes()
+
+
 def test_the_unsigned_twin_computes_the_same(tmp_path):
     data = models.write_rows(tmp_path / "images.npz", models.images(40))
     case = Case(residual(tmp_path / "residual.onnx"), data)

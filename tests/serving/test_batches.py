@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from edge_agent.config import DriftConfig, EngineConfig, ServingConfig
-from edge_agent.contract.bundle import MODEL, Bundle, open_bundle
+from edge_agent.contract.bundle import MODEL, Bundle, open_bundle, write_bundle
 from edge_agent.serving.batcher import Batcher, Pending
 from edge_agent.serving.engine import Engine
 from edge_agent.serving.service import Answer, Service
 from edge_agent.serving.tensors import Feeds
 from edge_agent.telemetry.metrics import AgentMetrics
+from quantize.config import PrepareConfig, Scale
+from quantize.int8 import plan_of, static_recipe, write_int8
+from quantize.load import load_data, load_model
+from quantize.prepare import prepare
 from tests.quantize import models
 from tests.quantize.models import quantize
 
@@ -36,8 +41,28 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return open_bundle(folder / "out" / "unit-1.2.3")
 
 
+@pytest.fixture(scope="module")
+def dynamic(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same network with layers that quantize while they run, one scale for all rows of a run."""
+    folder = tmp_path_factory.mktemp("dynamic")
+    source = load_model(models.autoencoder(folder / "model.onnx"))
+    np.savez(folder / "calibration.npz", X=models.rows(300))
+    rows, _ = load_data(folder / "calibration.npz", None, source.inputs)
+    prepared = prepare(source, rows, PrepareConfig(scale=Scale.STANDARD))
+    plan = plan_of(prepared.proto)
+    recipe = replace(static_recipe(plan, {}), modes=plan.dynamic())
+    files = {name: bundle.read(name) for name in bundle.manifest.members}
+    files[MODEL] = write_int8(prepared.proto, plan, recipe).SerializeToString()
+    (folder / "bundle").mkdir()
+    return write_bundle(folder / "bundle", bundle.manifest, files)
+
+
 @pytest.mark.parametrize("inline", [True, False], ids=["on the loop", "in a thread"])
-def test_a_row_alone_and_in_every_batch_size_gets_the_same_bits(bundle: Bundle, inline: bool) -> None:
+@pytest.mark.parametrize("kind", ["bundle", "dynamic"])
+def test_a_row_alone_and_in_every_batch_size_gets_the_same_bits(
+    kind: str, inline: bool, request: pytest.FixtureRequest
+) -> None:
+    bundle: Bundle = request.getfixturevalue(kind)
     assert bundle.manifest.precision == "int8"
     rows = np.concatenate([models.rows(60, seed=5), models.bad_rows(4)])
 
