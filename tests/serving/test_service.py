@@ -18,6 +18,7 @@ from edge_agent.errors import BadRules, EngineError, InvalidInput, Overloaded, U
 from edge_agent.serving.service import Service
 from edge_agent.telemetry.metrics import AgentMetrics
 from tests.support.bundles import expected_score, tiny_bundle
+from tests.support.faulty import counting
 
 GOOD = np.full((1, 4), 0.5, np.float32)
 BAD = np.full((1, 4), 30.0, np.float32)
@@ -185,7 +186,7 @@ def endless_bundle(folder):
     nodes = [
         helper.make_node("ReduceMax", ["features"], ["most"], keepdims=0),
         helper.make_node("Cast", ["most"], ["trips"], to=TensorProto.INT64),
-        helper.make_node("Loop", ["trips", "", "start"], ["counted"], body=_counting_body()),
+        helper.make_node("Loop", ["trips", "", "start"], ["counted"], body=counting()),
         helper.make_node("Mul", ["features", "features"], ["squares"]),
         helper.make_node("ReduceMean", ["squares"], ["mean"], axes=[1], keepdims=0),
         helper.make_node("Mul", ["counted", "zero"], ["nothing"]),
@@ -204,26 +205,6 @@ def endless_bundle(folder):
     folder.mkdir()
     return write_bundle(
         folder, msgspec.structs.replace(seed.manifest, members={}), files | {MODEL: model.SerializeToString()}
-    )
-
-
-def _counting_body():
-    return helper.make_graph(
-        [
-            helper.make_node("Add", ["count", "one"], ["next"]),
-            helper.make_node("Identity", ["go"], ["on"]),
-        ],
-        "body",
-        [
-            helper.make_tensor_value_info("trip", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("count", TensorProto.FLOAT, []),
-        ],
-        [
-            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
-        ],
-        [numpy_helper.from_array(np.float32(1), "one")],
     )
 
 

@@ -57,7 +57,7 @@ def _model(hanging: bool) -> bytes:
             *column(2),
             helper.make_node("Mul", ["f2 beyond", "many"], ["turns"]),
             helper.make_node("Cast", ["turns"], ["trips"], to=TensorProto.INT64),
-            helper.make_node("Loop", ["trips", "", "start"], ["counted"], body=_counting()),
+            helper.make_node("Loop", ["trips", "", "start"], ["counted"], body=counting()),
             helper.make_node("Mul", ["counted", "start"], ["nothing"]),
             helper.make_node("Add", ["after nan", "nothing"], ["score"]),
         ]
@@ -85,7 +85,8 @@ def _model(hanging: bool) -> bytes:
     return data
 
 
-def _counting() -> object:
+def counting() -> object:
+    """The body of a ``Loop`` that adds one at each turn."""
     return helper.make_graph(
         [
             helper.make_node("Add", ["count", "one"], ["next"]),

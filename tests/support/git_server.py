@@ -6,12 +6,13 @@ import contextlib
 import gzip
 import os
 import subprocess
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+from tests.support.loopback import LoopbackServer
 
-class GitServer:
+
+class GitServer(LoopbackServer):
     """Serves one repository at ``url`` (smart protocol, https://git-scm.com/docs/gitprotocol-http).
 
     Attributes:
@@ -42,21 +43,8 @@ class GitServer:
                 with contextlib.suppress(OSError):  # the client may have had enough
                     self.wfile.write(data)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/fleet.git"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-
-    def __enter__(self) -> GitServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(Handler)
+        self.url = f"http://{self.host}/fleet.git"
 
     @staticmethod
     def run(repository: Path, request: BaseHTTPRequestHandler, option: str, body: bytes) -> bytes:

@@ -6,15 +6,13 @@ import base64
 import contextlib
 import json
 import socket
-import ssl
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from cryptography import x509
@@ -22,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 
 from tests.support.certificates import Authority
+from tests.support.loopback import LoopbackServer
 from tests.support.services import _OPENER, _Process, free_port, require
 
 USER, PASSWORD = "plant", "let me in"
@@ -113,7 +112,7 @@ class OciRegistry:
             return False
 
 
-class Tokens:
+class Tokens(LoopbackServer):
     """A token server: whoever knows the password gets what he asks for, anybody else a token for nothing."""
 
     def __init__(self, folder: Path) -> None:
@@ -129,21 +128,8 @@ class Tokens:
             def do_GET(self) -> None:
                 owner.answer(self)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/token"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-
-    def __enter__(self) -> Tokens:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(Handler)
+        self.url = f"http://{self.host}/token"
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(request.path).query)
@@ -183,7 +169,7 @@ def _url64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
-class Door:
+class Door(LoopbackServer):
     """Stands in front of a registry, passes GETs on, and does what a network or another server may do.
 
     Attributes:
@@ -204,26 +190,8 @@ class Door:
             def do_GET(self) -> None:
                 door.pass_on(self, registry)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.host = f"127.0.0.1:{self._server.server_port}"
+        super().__init__(Handler)
         self.address = f"oci+http://{self.host}/{NAME}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-
-    def secure(self, context: ssl.SSLContext) -> None:
-        """Speak TLS from now on."""
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-
-    def __enter__(self) -> Door:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
     def pass_on(self, request: BaseHTTPRequestHandler, registry: OciRegistry) -> None:
         headers = {key: request.headers[key] for key in ("Range", "Authorization") if key in request.headers}

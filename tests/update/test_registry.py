@@ -56,6 +56,20 @@ def password(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture
+def tokens(tmp_path: Path) -> Iterator[Tokens]:
+    with Tokens(tmp_path / "tokens") as tokens:
+        yield tokens
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, tokens: Tokens, manifest: Manifest, password: Path) -> Iterator[OciRegistry]:
+    """A registry that wants a token, with the bundle's members in it."""
+    with OciRegistry(tmp_path / "guarded", tokens=tokens) as registry:
+        push(tmp_path / "bundle", registry, credentials_file=str(password))
+        yield registry
+
+
 def push(folder: Path, registry: OciRegistry, **access: str) -> None:
     """Put a bundle's members where devices look for them."""
     manifest = parse((folder / "manifest.json").read_bytes())
@@ -181,54 +195,39 @@ def test_a_registry_that_is_not_there_is_unreachable(tmp_path: Path, manifest: M
 
 @pytest.mark.parametrize("form", ["line", "docker"])
 def test_a_token_is_asked_for_where_the_registry_wants_one(
-    tmp_path: Path, manifest: Manifest, password: Path, form: str
+    guarded: OciRegistry, tokens: Tokens, manifest: Manifest, password: Path, form: str
 ) -> None:
-    with (
-        Tokens(tmp_path / "tokens") as tokens,
-        OciRegistry(tmp_path / "registry", tokens=tokens) as registry,
-    ):
-        push(tmp_path / "bundle", registry, credentials_file=str(password))
-        if form == "docker":
-            pair = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-            password.write_text(json.dumps({"auths": {f"https://{registry.host}": {"auth": pair}}}))
-        digest = manifest.members[MODEL].digest
-        tokens.scopes.clear()
-        data = read(registry.address, digest, credentials=str(password))
-        assert Digest.of_bytes(data) == digest
-        assert tokens.scopes == ["repository:plant/models:pull"], "and no more than that"
+    if form == "docker":
+        pair = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        password.write_text(json.dumps({"auths": {f"https://{guarded.host}": {"auth": pair}}}))
+    digest = manifest.members[MODEL].digest
+    tokens.scopes.clear()
+    data = read(guarded.address, digest, credentials=str(password))
+    assert Digest.of_bytes(data) == digest
+    assert tokens.scopes == ["repository:plant/models:pull"], "and no more than that"
 
 
 def test_without_the_right_password_a_token_opens_nothing(
-    tmp_path: Path, manifest: Manifest, password: Path
+    guarded: OciRegistry, tokens: Tokens, manifest: Manifest, password: Path
 ) -> None:
-    with (
-        Tokens(tmp_path / "tokens") as tokens,
-        OciRegistry(tmp_path / "registry", tokens=tokens) as registry,
-    ):
-        push(tmp_path / "bundle", registry, credentials_file=str(password))
-        digest = manifest.members[MODEL].digest
-        assert reason(registry.address, digest) == "unauthorized", "an anonymous token"
-        password.write_text(f"{USER}:wrong")
-        tokens.refuses = True
-        assert reason(registry.address, digest, credentials=str(password)) == "unauthorized"
+    digest = manifest.members[MODEL].digest
+    assert reason(guarded.address, digest) == "unauthorized", "an anonymous token"
+    password.write_text(f"{USER}:wrong")
+    tokens.refuses = True
+    assert reason(guarded.address, digest, credentials=str(password)) == "unauthorized"
 
 
 def test_a_token_that_is_too_old_is_asked_for_anew(
-    tmp_path: Path, manifest: Manifest, password: Path
+    guarded: OciRegistry, tokens: Tokens, manifest: Manifest, password: Path
 ) -> None:
-    with (
-        Tokens(tmp_path / "tokens") as tokens,
-        OciRegistry(tmp_path / "registry", tokens=tokens) as registry,
-    ):
-        push(tmp_path / "bundle", registry, credentials_file=str(password))
-        path = blob_path(manifest.members[MODEL].digest)
-        blobs = RegistryBlobs(registry.address, TIMEOUT, Access(credentials=str(password)))
-        tokens.lifetime = -3600
-        with pytest.raises(SourceFailed), blobs.stream(path, 0):
-            pass
-        tokens.lifetime = 300
-        with blobs.stream(path, 0) as stream:
-            assert b"".join(stream.chunks)
+    path = blob_path(manifest.members[MODEL].digest)
+    blobs = RegistryBlobs(guarded.address, TIMEOUT, Access(credentials=str(password)))
+    tokens.lifetime = -3600
+    with pytest.raises(SourceFailed), blobs.stream(path, 0):
+        pass
+    tokens.lifetime = 300
+    with blobs.stream(path, 0) as stream:
+        assert b"".join(stream.chunks)
 
 
 def test_a_password_is_enough_where_the_registry_asks_for_one(
