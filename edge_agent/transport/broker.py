@@ -41,6 +41,10 @@ class BrokerError(ConnectionError):
     """The broker refused, broke the protocol, or is gone."""
 
 
+class Unanswered(BrokerError):
+    """There is a connection, and the broker did not say whether it takes it."""
+
+
 class TooLarge(ValueError):
     """More bytes than this broker takes in one packet."""
 
@@ -77,7 +81,7 @@ async def connect(
         opened: what is called first, before any message, with whether the broker has kept the session.
 
     Raises:
-        BrokerError: the broker refused.
+        BrokerError: the broker refused, or said nothing (``Unanswered``).
         OSError: there is no connection, or no trust in it.
     """
     loop = asyncio.get_running_loop()
@@ -94,7 +98,8 @@ async def connect(
             await connection.accepted()
     except TimeoutError:
         await connection.close()
-        raise BrokerError(f"no answer in {PATIENCE_SECONDS:g} s") from None
+        silent = Unanswered if connection.reached else BrokerError
+        raise silent(f"no answer in {PATIENCE_SECONDS:g} s") from None
     except BaseException:
         await connection.close()
         raise
@@ -133,6 +138,11 @@ class Connection(asyncio.Protocol):
         self._heard = True
         self._pulse: asyncio.TimerHandle | None = None
         self._complained = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether there ever was somebody at the other end."""
+        return self._transport is not None
 
     # -- for those who use it ------------------------------------------------------------------------------
 
@@ -312,7 +322,8 @@ class Connection(asyncio.Protocol):
         """Tell everybody who waits."""
         if self._pulse is not None:
             self._pulse.cancel()
-        reason = self._reason = self._reason or exc or BrokerError("the broker closed the connection")
+        hung_up = BrokerError if self._open else Unanswered
+        reason = self._reason = self._reason or exc or hung_up("the broker closed the connection")
         if not self._accepted.done():
             self._accepted.set_exception(reason)
             self._accepted.exception()  # whoever waited may have gone

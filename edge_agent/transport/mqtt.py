@@ -53,7 +53,7 @@ from edge_agent.serving.service import Answer, Service
 from edge_agent.telemetry.metrics import AgentMetrics
 from edge_agent.transport import broker, codec
 from edge_agent.transport import mqtt_wire as wire
-from edge_agent.transport.broker import BrokerError, Connection, TooLarge
+from edge_agent.transport.broker import BrokerError, Connection, TooLarge, Unanswered
 from edge_agent.transport.mqtt_wire import Message, Will
 from edge_agent.transport.outbox import Decision, Outbox
 from edge_agent.transport.status import OUTCOMES, outcome, status_of
@@ -191,7 +191,7 @@ class MqttTransport:
                     backoff, complained = FIRST_BACKOFF_SECONDS, False
                 if not complained:
                     complained = True
-                    log.warning("mqtt: %s:%d: %s", self._config.host, self._config.port, _why(error))
+                    log.warning("mqtt: %s:%d: %s", self._config.host, self._config.port, self._why(error))
             except Exception:  # whatever it is, it must not take the HTTP side along
                 log.exception("mqtt: the connection failed unexpectedly")
             finally:
@@ -199,6 +199,14 @@ class MqttTransport:
                 self._connection = None
             await asyncio.sleep(self._rng.uniform(0, backoff))
             backoff = min(backoff * 2, self._config.reconnect_max_seconds)
+
+    def _why(self, error: OSError) -> str:
+        text = str(error) if isinstance(error, BrokerError) else error.strerror or str(error)
+        if "protocol version" in text:
+            return f"{text}: this broker does not speak the version asked; set mqtt.protocol to '3.1.1'"
+        if isinstance(error, Unanswered) and self._v5:  # some that do not speak MQTT 5 do not say so
+            return f"{text}; trying again; if it speaks 3.1.1 only, set mqtt.protocol to '3.1.1'"
+        return f"{text}; trying again"
 
     async def _session(self) -> None:
         """One connection, from connect to its loss."""
@@ -662,12 +670,3 @@ _JSON_CONTENT: Final = wire.number_property(wire.PAYLOAD_FORMAT, 1) + wire.bytes
 _BINARY_CONTENT: Final = wire.number_property(wire.PAYLOAD_FORMAT, 0) + wire.bytes_property(
     wire.CONTENT_TYPE, codec.BINARY.encode()
 )
-
-
-def _why(error: OSError) -> str:
-    if isinstance(error, BrokerError):
-        text = str(error)
-        if "protocol version" in text:
-            return f"{text}: this broker does not speak the version asked; set mqtt.protocol to '3.1.1'"
-        return f"{text}; trying again"
-    return f"{error.strerror or error}; trying again"

@@ -41,6 +41,7 @@ SAYINGS: dict[str, tuple[bytes, bytes | None]] = {
     "two acceptances": (ACCEPTED + ACCEPTED, b""),
     "a refusal": (b"\x20\x03\x00\x87\x00", b""),
     "a refusal of 3.1.1": (b"\x20\x02\x00\x05", b""),
+    "a refusal for its version": (b"\x20\x02\x00\x01", b""),
     "properties beyond the end": (b"\x20\x03\x00\x00\x7f", b""),
     "a packet that has no end": (ACCEPTED + b"\x90" + LONG, b"\0" * 65536),
     "a length that has no end": (ACCEPTED + b"\x30\xff\xff\xff\xff\xff", b"\xff"),
@@ -113,6 +114,37 @@ def test_a_broker_that_says(
     said = [record for record in caplog.records if record.levelname in {"WARNING", "ERROR"}]
     assert len(said) <= 2  # the first time, not each
     assert not [record for record in said if record.levelname == "ERROR"], said
+
+
+@pytest.mark.parametrize(
+    ("saying", "protocol", "hinted"),
+    [
+        ("nothing and hangs up", "5", True),
+        ("nothing and hangs up", "3.1.1", False),
+        ("a refusal for its version", "5", True),
+        ("a refusal", "5", False),
+        ("goodbye", "5", False),
+    ],
+)
+def test_whoever_may_not_speak_mqtt_5_is_told_what_to_set(
+    saying: str, protocol: str, hinted: bool, agent: Agent, caplog: pytest.LogCaptureFixture
+) -> None:
+    hostile = Hostile(port := free_port(), *SAYINGS[saying])
+    try:
+        with trying(agent, port, {"reconnect_max_seconds": 0.05, "protocol": protocol}):
+            eventually(lambda: hostile.connections >= 2, "it tries again")
+    finally:
+        hostile.close()
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert ("set mqtt.protocol to '3.1.1'" in said) == hinted, said
+
+
+def test_a_broker_that_never_answers_may_not_speak_mqtt_5(
+    agent: Agent, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, trying(agent, silent.getsockname()[1], {}):
+        eventually(lambda: "no answer in 10 s" in caplog.text, "it gives up", seconds=30)
+    assert "if it speaks 3.1.1 only, set mqtt.protocol to '3.1.1'" in caplog.text
 
 
 def test_it_comes_back_from_a_hostile_broker_to_a_good_one(agent: Agent, tmp_path: Path) -> None:
