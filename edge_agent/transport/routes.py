@@ -275,27 +275,26 @@ class Routes:
         except InvalidInput:
             manifest()  # whoever asks an unknown model is told so, not what else is wrong
             raise
-        exchange.parts = []  # the tensors hold what is still needed of it
-        then = functools.partial(self._answered, exchange, codec.encode_infer, request)
-        self._service.ask(
-            route.model,
-            route.version,
-            request.inputs,
-            then,
-            deadline=request.deadline,
-            source=request.source,
-            key=request.id or "",
-        )
+        self._ask(exchange, route.model, route.version, request, codec.encode_infer)
 
     def _predict(self, exchange: Exchange, _: Route) -> None:
         request = codec.decode_predict(exchange.body(), self._service.manifest)
-        exchange.parts = []
-        then = functools.partial(self._answered, exchange, codec.encode_predict, request)
+        self._ask(exchange, request.model, request.version, request, codec.encode_predict)
+
+    def _ask(
+        self,
+        exchange: Exchange,
+        model: str | None,
+        version: str | None,
+        request: codec.InferRequest | codec.PredictRequest,
+        encode: Callable[[Answer, Any], codec.Body],
+    ) -> None:
+        exchange.parts = []  # the tensors hold what is still needed of it
         self._service.ask(
-            request.model,
-            request.version,
+            model,
+            version,
             request.inputs,
-            then,
+            functools.partial(self._answered, exchange, encode, request),
             deadline=request.deadline,
             source=request.source,
             key=request.id or "",
