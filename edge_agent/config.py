@@ -96,9 +96,9 @@ class EngineConfig(_Section, frozen=True):
     # that time, and processor time below a millisecond; worth it only for models that gain much by batches.
     batch_delay_us: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
     warmup_runs: Count = 20
-    # Models in memory together, each at twice its file (onnxruntime keeps a packed copy), a file that several
-    # have once; 0: no limit. Beyond it the one not asked for longest is unloaded, its rules answer, and the
-    # next request brings it back.
+    # Models in memory together, candidates in the shadow or in A/B among them, each at twice its file
+    # (onnxruntime keeps a packed copy), a file that several have once; 0: no limit. Beyond it the one not
+    # asked for longest is unloaded, its rules answer, and the next request brings it back.
     memory_budget_mb: NotNegative = 0.0
     stay_seconds: NotNegative = 5.0  # a loaded model stays so long before another comes back in its place
     # onnxruntime session options by their own names, on top of the profile: a device's remedy, not a setting

@@ -72,6 +72,7 @@ class _Served:
     failed_rows: int = 0  # decisions, latencies and scores are compared by the fleet's analysis here
     latencies: tuple[int, ...] = ()
     scores: tuple[int, ...] = ()
+    late_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

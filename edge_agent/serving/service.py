@@ -41,6 +41,7 @@ from edge_agent.serving.batcher import Batcher, Pending, Timings
 from edge_agent.serving.decision import Scores, fails, on_the_models_scale
 from edge_agent.serving.engine import Engine, Sessions, may_not_end
 from edge_agent.serving.history import History, Noted
+from edge_agent.serving.room import Tenant, fits, who_leaves
 from edge_agent.serving.shadow import Shadow, ShadowReport
 from edge_agent.serving.split import Served, Split, SplitReport, why_not_beside
 from edge_agent.serving.tensors import Feeds, Tensor
@@ -60,11 +61,9 @@ _REASON_BY_STATE: Final[Mapping[str, str]] = {
     "rejected": "rejected",
 }
 _OCTAVES: Final = 10  # scores are counted by doublings, from 2**-10 to 2**10 times the threshold
-_MEMORY_PER_FILE: Final = 2  # onnxruntime keeps the weights and a packed copy of them
 # Of its time, so much of a request is left for the rules to answer inside it when the model is late.
 _RESERVED_SHARE: Final = 0.05
 _MOST_RESERVED: Final = 0.005  # seconds
-_FAULTS_OF_THE_MODEL: Final = frozenset({"model_error", "non_finite", "deadline", "breaker_open"})
 
 
 class Facts(NamedTuple):
@@ -167,6 +166,8 @@ class _Slot:
     open_until: float = 0.0
     rows: int = 0
     fallback_rows: int = 0
+    late_rows: int = 0
+    late: bool = False  # whether the last fault was that its time ran out
     non_finite_rows: int = 0
     failed_rows: int = 0
     latencies_before: tuple[int, ...] = ()  # of this version when it was swapped in
@@ -182,6 +183,13 @@ class _Slot:
     unwatched_rows: int = 0
     drift: DriftVerdict | None = None
 
+    @property
+    def candidate(self) -> Manifest | None:
+        """Of what is in memory beside the release, in its shadow or for a share of its requests."""
+        if self.shadow is not None:
+            return self.shadow.manifest
+        return self.split.release.manifest if self.split is not None else None
+
 
 class Service:
     """Every model of this agent. Lives on one event loop."""
@@ -194,6 +202,7 @@ class Service:
         self._drift = drift
         self._metrics = metrics
         self._limit = _inside(serving.deadline_ms / 1000)
+        self._budget = engine.memory_budget_mb * 1e6
         self._sessions = Sessions(engine)
         self._slots: dict[str, _Slot] = {}
         self._loading: set[asyncio.Task[None]] = set()
@@ -267,11 +276,14 @@ class Service:
             if version is None and slot.split.takes(source or key, feeds):
                 chosen = slot.split.release
             release = slot.release  # its rules answer, also where the candidate's version is wanted
-        if slot.failures >= self._serving.breaker_failures and reason == "ok":
+        insists = chosen is not release and version is not None  # on the candidate
+        if slot.failures >= self._serving.breaker_failures and reason == "ok" and not insists:
             # Half open: this one tries, and the others wait for what becomes of it.
             slot.open_until = now + self._serving.breaker_seconds
             chosen = release
         if reason != "ok":
+            if reason == "breaker_open":  # without time left it was not asked, which is no fault of it
+                self._fell_back(slot, release, rows, reason)
             if slot.history is not None:
                 noted = slot.history.note(source, _rows(release.manifest, feeds, rows), now)
             then(self._by_rules(slot, release, release, feeds, rows, reason, now, noted))
@@ -404,7 +416,7 @@ class Service:
             slot.before = self.served(name)
         before, slot.release = slot.release, prepared
         slot.failures, slot.open_until = 0, 0.0
-        slot.rows = slot.fallback_rows = slot.non_finite_rows = slot.failed_rows = 0
+        slot.rows = slot.fallback_rows = slot.late_rows = slot.non_finite_rows = slot.failed_rows = 0
         slot.latencies_before = tuple(prepared.metrics.latencies)
         slot.scores = np.zeros_like(slot.scores)
         slot.unwatched, slot.unwatched_rows, slot.drift = [], 0, None
@@ -415,9 +427,7 @@ class Service:
         self._metrics.serving_gap(name, prepared.stall_seconds)
         _retire(before)
         slot.loaded, slot.made_room = time.monotonic(), False
-        for other in self._in_the_way(slot, prepared.manifest):
-            self.degrade(other.name, "unloaded", f"made room for {name}, comes back when it is asked")
-            other.made_room = True
+        self._make_room(slot, prepared.manifest)
 
     def degrade(self, name: str, state: State, reason: str) -> None:
         """The model cannot answer from now on; its rules do."""
@@ -473,6 +483,7 @@ class Service:
             slot.rows, slot.fallback_rows, slot.non_finite_rows, slot.failed_rows,
             tuple(count - then for count, then in zip(now, since, strict=False)),
             tuple(slot.scores.tolist()),
+            slot.late_rows,
         )  # fmt: skip
 
     def served_before(self, name: str) -> Served | None:
@@ -486,6 +497,8 @@ class Service:
         if slot.shadow is not None or slot.split is not None:
             raise RuntimeError(f"model {slot.name}: there is a candidate already")
         slot.shadow = Shadow(prepared.manifest, prepared.engine, share)
+        if slot.release is not None:
+            self._make_room(slot, slot.release.manifest)
 
     def shadow_report(self, name: str) -> ShadowReport:
         """How the shadow does; all zero where there is none."""
@@ -520,6 +533,7 @@ class Service:
             prepared.detector,
         )
         prepared.detector = None  # drift is judged on the rows of one release
+        self._make_room(slot, slot.release.manifest)
         self._metrics.split_share(slot.name, slot.split.version, share)
         log.info("model %s: %s answers %.3g of the requests", slot.name, prepared.manifest.version, share)
 
@@ -564,34 +578,42 @@ class Service:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    def _in_the_way(self, slot: _Slot, manifest: Manifest) -> list[_Slot]:
-        """Who must leave for a model of this size, the one not asked for longest first.
-
-        Those who share a model leave together, or not at all: alone, none of them would make room.
-        """
-        budget = self._engine.memory_budget_mb * 1e6
-        if not budget:
-            return []
-        groups: dict[str, list[tuple[_Slot, Manifest]]] = {}
+    def _staying(self, slot: _Slot, coming: Manifest) -> list[Manifest]:
+        """What stays in memory with a model that comes: candidates, and what each is compared with."""
+        staying = [coming]
         for other in self._slots.values():
-            held = other.release
-            if other is not slot and held is not None and held.engine is not None:
-                groups.setdefault(held.manifest.members[MODEL].digest, []).append((other, held.manifest))
-        groups.pop(manifest.members[MODEL].digest, None)  # they share it with this one
-        total = _memory(manifest) + sum(_memory(group[0][1]) for group in groups.values())
-        leaving: list[_Slot] = []
-        for group in sorted(groups.values(), key=lambda group: max(other.asked for other, _ in group)):
-            if total <= budget:
-                break
-            leaving += [other for other, _ in group]
-            total -= _memory(group[0][1])
-        return leaving
+            if other.candidate is not None:
+                staying.append(other.candidate)
+                if other is not slot and other.release is not None and other.release.engine is not None:
+                    staying.append(other.release.manifest)
+        return staying
+
+    def _in_the_way(self, slot: _Slot, coming: Manifest) -> list[_Slot]:
+        """Who must leave for a model of this slot."""
+        others = [
+            Tenant(other.name, other.release.manifest, other.asked)
+            for other in self._slots.values()
+            if other is not slot
+            and other.candidate is None
+            and other.release is not None
+            and other.release.engine is not None
+        ]
+        leaving = who_leaves(self._budget, self._staying(slot, coming), others)
+        return [self._slots[name] for name in leaving]
+
+    def _make_room(self, slot: _Slot, coming: Manifest) -> None:
+        for other in self._in_the_way(slot, coming):
+            self.degrade(other.name, "unloaded", f"made room for {slot.name}, comes back when it is asked")
+            other.made_room = True
 
     def _bring_back(self, slot: _Slot) -> None:
         """Load a model that had made room, off the loop; nobody leaves who came a moment ago."""
         release = slot.release
         if release is None:
             return
+        staying = self._staying(slot, release.manifest)
+        if len(staying) > 1 and not fits(self._budget, staying):
+            return  # a candidate has its place, until it is judged
         now = time.monotonic()
         others = self._in_the_way(slot, release.manifest)
         if any(now - other.loaded < self._engine.stay_seconds for other in others):
@@ -680,13 +702,13 @@ class Service:
         requests = cast("list[_Request]", pending)
         slot, release = requests[0].slot, requests[0].release
         if result is None:
-            self._fault(slot, release)
+            self._fault(slot, release, late=True)
             for request in requests:
                 self._give_up(request, "deadline")
         elif isinstance(result, EngineError):
             if slot.failures == 0:
                 log.warning("model %s %s: %s", slot.name, release.manifest.version, result)
-            self._fault(slot, release)
+            self._fault(slot, release, late=False)
             for request in requests:
                 self._give_up(request, "model_error")
         else:
@@ -701,9 +723,10 @@ class Service:
                         request.told = True
                         request.then(error)
 
-    def _fault(self, slot: _Slot, release: _Release) -> None:
+    def _fault(self, slot: _Slot, release: _Release, *, late: bool) -> None:
         """The engine raised, or was late: once for all requests it was late for in one turn of the loop."""
         if slot.release is release:
+            slot.late = late
             slot.failures += 1
             if slot.failures >= self._serving.breaker_failures:
                 # Half open after this time: one request tries, and its failure opens it again.
@@ -711,6 +734,7 @@ class Service:
         elif (
             (split := slot.split) is not None
             and split.release is release
+            and not (late and slot.failures)  # where both are late it is the machine that is busy
             and split.fault(self._serving.breaker_failures)
         ):
             self._metrics.split_share(slot.name, split.version, 0.0)
@@ -722,6 +746,7 @@ class Service:
     def _give_up(self, request: _Request, reason: str) -> None:
         slot = request.slot
         request.told = True
+        self._fell_back(slot, request.release, request.rows, reason)
         try:
             answer: Answer | Exception = self._by_rules(
                 slot, request.fallback, request.release, request.feeds, request.rows, reason,
@@ -731,6 +756,17 @@ class Service:
             log.exception("model %s: its rules failed", slot.name)
             answer = error
         request.then(answer)
+
+    def _fell_back(self, slot: _Slot, asked: _Release, rows: int, reason: str) -> None:
+        """The rules answer through a fault of the model that was asked."""
+        if slot.release is asked:
+            slot.fallback_rows += rows
+            if reason == "non_finite":
+                slot.non_finite_rows += rows
+            elif reason == "deadline" or (reason == "breaker_open" and slot.late):
+                slot.late_rows += rows
+        elif slot.split is not None and slot.split.release is asked:
+            slot.split.fell_back(rows, reason)
 
     def _by_model(self, slot: _Slot, release: _Release, requests: list[_Request], outputs: Feeds) -> None:
         """Answer the requests of one batch; what costs a microsecond a call is done once for all of them."""
@@ -814,12 +850,8 @@ class Service:
         asked.metrics.answered(reason, rows, failed_rows, seconds)
         if slot.release is asked:
             slot.rows += rows
-            if reason in _FAULTS_OF_THE_MODEL:
-                slot.fallback_rows += rows
-                if reason == "non_finite":
-                    slot.non_finite_rows += rows
         elif slot.split is not None and slot.split.release is asked:
-            slot.split.fell_back(rows, reason)
+            slot.split.rows += rows
         return Answer(
             manifest.name, manifest.version, release.bundle.digest, "fallback", reason,
             outputs, values, decision, seconds,
@@ -890,11 +922,6 @@ def _inside(deadline: float) -> float:
     return deadline - min(deadline * _RESERVED_SHARE, _MOST_RESERVED)
 
 
-def _memory(manifest: Manifest) -> int:
-    """Bytes that a loaded model takes, about."""
-    return _MEMORY_PER_FILE * manifest.members[MODEL].size
-
-
 def _read_rules(bundle: Bundle) -> RuleSet:
     features = _features(bundle.manifest)
     if RULES not in bundle.manifest.members:
@@ -924,10 +951,11 @@ def _check_names(bundle: Bundle, engine: Engine) -> None:
 
 
 def _warm_up_feeds(bundle: Bundle) -> Feeds:
-    """One row to warm up with: the first golden vector, else zeros."""
+    """One row to warm up with, or as many as the model insists on: the first golden vectors, else zeros."""
     if GOLDEN in bundle.manifest.members:
         golden = parse_golden(bundle.read(GOLDEN))
-        return {array.name: np.ascontiguousarray(tensors.to_numpy(array)[:1]) for array in golden.inputs}
+        rows = tensors.fixed_rows(bundle.manifest.inputs) or 1
+        return {array.name: np.ascontiguousarray(tensors.to_numpy(array)[:rows]) for array in golden.inputs}
     return {
         spec.name: np.zeros([max(size, 1) for size in spec.shape], tensors.numpy_dtype(spec.datatype))
         for spec in bundle.manifest.inputs

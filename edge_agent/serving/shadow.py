@@ -60,7 +60,7 @@ class Shadow:
     """Compares one engine with what was answered."""
 
     def __init__(self, manifest: Manifest, engine: Engine, share: float) -> None:
-        self._manifest = manifest
+        self.manifest = manifest
         self._engine = engine
         self._share = share
         self._due = 0.0
@@ -113,7 +113,7 @@ class Shadow:
     def _look(self, seen: _Seen) -> None:
         """In a thread: run the request once more, and compare."""
         try:
-            feeds, _ = conform(self._manifest.inputs, seen.feeds, seen.rows)
+            feeds, _ = conform(self.manifest.inputs, seen.feeds, seen.rows)
             before = time.thread_time()
             outputs = self._engine.run(feeds)
             self._seconds.append(time.thread_time() - before)
@@ -128,7 +128,7 @@ class Shadow:
         self._requests += 1
 
     def _compare(self, seen: _Seen, outputs: Feeds) -> int:
-        decision = self._manifest.decision
+        decision = self.manifest.decision
         if decision is None:
             finite = np.ones(seen.rows, bool)
             for values in outputs.values():

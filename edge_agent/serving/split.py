@@ -34,6 +34,8 @@ class Served:
         failed_rows: rows that the model decided fail.
         latencies: requests by ``metric_names.LATENCY_BUCKETS``, not cumulated, those beyond it last.
         scores: a sample of the model's scores by doublings of score / threshold.
+        late_rows: of ``fallback_rows``, those for which the model's time ran out, or a breaker that opened
+            for that was open.
     """
 
     rows: int
@@ -42,6 +44,7 @@ class Served:
     failed_rows: int = 0
     latencies: tuple[int, ...] = ()
     scores: tuple[int, ...] = ()
+    late_rows: int = 0
 
     def since(self, then: Served) -> Served:
         """What came on top of ``then``, an earlier count of the same release."""
@@ -52,6 +55,7 @@ class Served:
             self.failed_rows - then.failed_rows,
             tuple(now - before for now, before in zip(self.latencies, then.latencies, strict=True)),
             tuple(now - before for now, before in zip(self.scores, then.scores, strict=True)),
+            self.late_rows - then.late_rows,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,6 +65,7 @@ class Served:
             "rows": self.rows,
             "failed_rows": self.failed_rows,
             "fallback_rows": self.fallback_rows,
+            "late_rows": self.late_rows,
             "non_finite_rows": self.non_finite_rows,
         }
 
@@ -103,6 +108,7 @@ class Split(Generic[Release]):
     failed_rows: int = field(default=0, init=False)
     fallback_rows: int = field(default=0, init=False)
     non_finite_rows: int = field(default=0, init=False)
+    late_rows: int = field(default=0, init=False)
 
     def takes(self, key: str, feeds: Feeds) -> bool:
         """Whether the candidate answers this request."""
@@ -124,11 +130,12 @@ class Split(Generic[Release]):
         self.failed_rows += failed_rows
 
     def fell_back(self, rows: int, reason: str) -> None:
-        """The rules answered for it."""
-        self.rows += rows
+        """The rules answer for it, through a fault of its own."""
         self.fallback_rows += rows
         if reason == "non_finite":
             self.non_finite_rows += rows
+        elif reason == "deadline":
+            self.late_rows += rows
 
     def fault(self, most: int) -> bool:
         """It raised, or was late; returns whether it ended by this one, the last of ``most`` in a row."""
@@ -141,7 +148,10 @@ class Split(Generic[Release]):
     def report(self, active: Served, latencies: tuple[int, ...]) -> SplitReport:
         """How both did, given what the active release and the candidate's histogram have come to."""
         since = tuple(now - then for now, then in zip(latencies, self.latencies, strict=True))
-        candidate = Served(self.rows, self.fallback_rows, self.non_finite_rows, self.failed_rows, since)
+        candidate = Served(
+            self.rows, self.fallback_rows, self.non_finite_rows, self.failed_rows, since,
+            late_rows=self.late_rows,
+        )  # fmt: skip
         return SplitReport(self.version, self.share, candidate, active.since(self.before), self.ended)
 
 

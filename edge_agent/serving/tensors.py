@@ -83,6 +83,14 @@ def batchable(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bo
     )
 
 
+def fixed_rows(specs: Sequence[TensorSpec]) -> int | None:
+    """The rows of every request where the model takes no other number of them; None where it varies."""
+    if any(spec.shape[:1] == (-1,) for spec in specs):
+        return None
+    shape = specs[0].shape
+    return shape[0] if len(shape) > 1 else 1
+
+
 def conform(specs: Sequence[TensorSpec], inputs: Mapping[str, Tensor], max_rows: int) -> tuple[Feeds, int]:
     """Fit a request's tensors to the model's inputs.
 
@@ -124,7 +132,8 @@ def conform(specs: Sequence[TensorSpec], inputs: Mapping[str, Tensor], max_rows:
             if rows not in (-1, tensor.shape[0]):
                 raise InvalidInput(f"input {spec.name!r}: {tensor.shape[0]} rows, the others have {rows}")
             rows = tensor.shape[0]
-    rows = 1 if rows == -1 else rows
+    if rows == -1:
+        return feeds, fixed_rows(specs) or 1
     if not 1 <= rows <= max_rows:
         raise InvalidInput(f"{rows} rows in one request, expected 1 to {max_rows}")
     return feeds, rows

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
+from edge_agent.contract import manifest as manifests
 from edge_agent.contract.assignments import Release, Split
 from edge_agent.contract.bundle import Bundle
 from edge_agent.contract.errors import ContractError
@@ -31,6 +32,7 @@ from edge_agent.telemetry.metrics import AgentMetrics
 from edge_agent.update.child import Aborted, TimedOut
 from edge_agent.update.machine import Event, Result, State, advance
 from edge_agent.update.messages import SelfTest
+from edge_agent.update.policy import Answered
 from edge_agent.update.source import SourceFailed
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,28 @@ class InShadow:
         return f"it answers {self.ab.share:.3g} of the requests"
 
 
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """A release whose every byte was right, and what its files looked like then."""
+
+    bundle: Bundle
+    files: tuple[Any, ...]  # what changes when one is replaced, truncated or written to: a hint to hash again
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Proven:
+        """Of a release as its files are now.
+
+        Raises:
+            OSError: one is missing.
+        """
+        files = tuple(
+            (name, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            for name in (manifests.FILE_NAME, *sorted(bundle.manifest.members))
+            for stat in [(bundle.path / name).stat()]
+        )
+        return cls(bundle, files)
+
+
 @dataclass(slots=True)
 class Tracked:
     """What is known of one model in this process, beside its record."""
@@ -102,17 +126,17 @@ class Tracked:
     # Monotonic: when the release on probation went live, this process began, or another look at it ...
     active_since: float = 0.0
     look: int = 1  # ... of this number, from 1, ...
-    answered_before: tuple[int, ...] = ()  # ... before which these latencies were counted
-    proven: tuple[Any, ...] | None = None  # the fingerprint of the release that was last hashed and right
+    answered_before: Answered | None = None  # ... before which it had answered this
+    proven: Proven | None = None  # the release that was last hashed and right
     damaged: bool = False
     reloaded: float = float("-inf")  # monotonic: last try to load again
     self_test: SelfTest | None = None
     shadow: InShadow | None = None  # what sees requests without answering
     counted: tuple[Any, ...] = ()  # the last result that was counted: once per change, not per poll
 
-    def begin(self, now: float, latencies: tuple[int, ...] = (), look: int = 1) -> None:
+    def begin(self, now: float, answered: Answered | None = None, look: int = 1) -> None:
         """Probation is looked at from now on."""
-        self.active_since, self.answered_before, self.look = now, latencies, look
+        self.active_since, self.answered_before, self.look = now, answered, look
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for ``edge-agent status --json``."""

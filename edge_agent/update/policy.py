@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,7 +19,8 @@ from edge_agent.update.holds import Hold
 from edge_agent.update.machine import Event, Result
 
 _ENOUGH: Final = 50  # rows or requests on either side; a share of fewer says little
-_LOOKS: Final = 3  # at a latency that is much worse: a device that is busy for a moment is no slow release
+_LOOKS: Final = 3  # at what is too slow: a device that is busy for a moment is no slow release
+_MAY_BE_THE_MACHINE: Final = ("latency", "deadline")
 _UNHURRIED: Final = 0.002  # seconds; what answers faster is not too slow, whatever it is compared with
 
 
@@ -140,12 +142,29 @@ class Answered:
         failed_rows: of those, the ones decided fail.
         latencies: requests by ``bounds``, not cumulated, those beyond the last bound last.
         scores: rows by whole doublings of score / threshold, ascending; a sample.
+        late_rows: rows that the rules answered because its time was over.
     """
 
     rows: int
     failed_rows: int
     latencies: tuple[int, ...] = ()
     scores: tuple[int, ...] = ()
+    late_rows: int = 0
+
+    @property
+    def late_share(self) -> float:
+        """The share of rows that its time was over for; 0 without rows."""
+        return self.late_rows / max(self.rows + self.late_rows, 1)
+
+    def since(self, then: Answered) -> Answered:
+        """What came on top of ``then``, an earlier count of the same release."""
+        return Answered(
+            self.rows - then.rows,
+            self.failed_rows - then.failed_rows,
+            _minus(self.latencies, then.latencies),
+            _minus(self.scores, then.scores),
+            self.late_rows - then.late_rows,
+        )
 
     def latency(self, quantile: float, bounds: tuple[float, ...] = LATENCY_BUCKETS) -> float:
         """The upper bound of the bucket that the quantile lies in, in seconds; 0 without requests."""
@@ -156,6 +175,21 @@ class Answered:
             if count and reached >= wanted:
                 return bound
         return 0.0
+
+
+def _minus(counts: tuple[int, ...], then: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(count - before for count, before in itertools.zip_longest(counts, then, fillvalue=0))
+
+
+def too_late(config: ProbationConfig, now: Answered, usual: float) -> tuple[str, str] | None:
+    """Whether its time was over for many more rows than usual, in one word and in a sentence; None if not.
+
+    ``usual`` is the share of rows for which that is so anyway: callers may give less time than any model
+    needs.
+    """
+    if now.late_share <= config.max_fallback_ratio + usual:
+        return None
+    return "deadline", f"its time was over for {now.late_share:.1%} of the rows, usually for {usual:.1%}"
 
 
 def compare(config: ProbationConfig, now: Answered, before: Answered) -> tuple[str, str] | None:
@@ -196,11 +230,12 @@ class Observed:
     Attributes:
         seconds: since activation, or since this process started if that was later.
         rows: rows answered.
-        fallback_rows: of those, the ones that the rules had to answer through a fault of the model.
+        fallback_rows: of those, the ones that the rules had to answer through a fault of the model other
+            than that its time was over.
         state: the serving state of the model (``metric_names.MODEL_STATES``).
         right: whether what is served is the release on probation.
         non_finite_rows: of ``fallback_rows``, the ones where the model's result was not finite.
-        now: what it answered; its latencies are those of this look.
+        now: what it answered since this look began.
         before: what the release before had answered; None if nobody knows.
         look: which one this is, from 1; another begins with ``AGAIN``, and ``seconds`` with it.
     """
@@ -220,8 +255,9 @@ def judge(config: ProbationConfig, seen: Observed) -> tuple[Verdict, str, str]:
     """The verdict on a release on probation, its reason in one word and in one sentence.
 
     Unhealthy as soon as it is certain: when the failures are more than ``max_fallback_ratio`` allows for
-    all the requests it must answer, even if every further one went well. A latency that is much worse must be
-    so at ``_LOOKS`` looks one after the other.
+    all the requests it must answer, even if every further one went well. What is too slow, or late, must be
+    so at ``_LOOKS`` looks one after the other: that may be the machine's doing, and the rules answer
+    meanwhile.
     """
     if seen.state == "unloaded":
         return Verdict.WAIT, "unloaded", "an operator unloaded the model"
@@ -251,9 +287,13 @@ def judge(config: ProbationConfig, seen: Observed) -> tuple[Verdict, str, str]:
                 "fallback",
                 f"the rules had to answer {seen.fallback_rows} of {rows} rows",
             )
-        worse = compare(config, seen.now, seen.before) if seen.now and seen.before else None
+        worse = None
+        if seen.now is not None:
+            worse = too_late(config, seen.now, seen.before.late_share if seen.before else 0.0)
+        if worse is None and seen.now and seen.before:
+            worse = compare(config, seen.now, seen.before)
         if worse is not None:
-            again = worse[0] == "latency" and seen.look < _LOOKS
+            again = worse[0] in _MAY_BE_THE_MACHINE and seen.look < _LOOKS
             return Verdict.AGAIN if again else Verdict.UNHEALTHY, *worse
         return Verdict.HEALTHY, "healthy", f"{rows} rows in {seen.seconds:.0f} s"
     return Verdict.WAIT, "probation", f"{rows} of {config.requests} rows, {seen.seconds:.0f} s"
@@ -294,7 +334,7 @@ class Tried:
     elapsed: float  # seconds since it began
     requests: int  # that the candidate got
     rows: int
-    fallback_rows: int
+    fallback_rows: int  # but for those that its time was over for
     non_finite_rows: int
     now: Answered  # by the candidate
     beside: Answered
@@ -319,7 +359,8 @@ def judge_split(config: ProbationConfig, split: Split, seen: Tried) -> tuple[Ver
             return Verdict.UNHEALTHY, reason, f"{text} {rows} of {seen.rows} rows"
     if not over:
         return Verdict.WAIT, "ab", f"{seen.requests} of {split.requests} requests answered"
-    worse = compare(config, seen.now, seen.beside)
+    # One look: what is beside it runs on the same machine at the same time.
+    worse = too_late(config, seen.now, seen.beside.late_share) or compare(config, seen.now, seen.beside)
     if worse is not None:
         return Verdict.UNHEALTHY, *worse
     return Verdict.HEALTHY, "agreed", f"{seen.requests} requests in {seen.elapsed:.0f} s"

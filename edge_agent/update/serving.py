@@ -41,6 +41,11 @@ class ServedRows(Protocol):
         """A sample of scores, by whole doublings of score / threshold."""
         ...
 
+    @property
+    def late_rows(self) -> int:
+        """Of ``fallback_rows``, the ones that the model had no time left for."""
+        ...
+
 
 class SeenInShadow(Protocol):
     """What a shadow saw, and how it did. Durations are medians of a request, in seconds."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import logging
 import platform
 import random
@@ -52,7 +51,7 @@ from edge_agent.telemetry.metrics import AgentMetrics
 from edge_agent.update import polls
 from edge_agent.update.child import Hands, child_process, this_process
 from edge_agent.update.holds import NOT_HELD, Hold, Holds
-from edge_agent.update.ledger import InShadow, Ledger, UpdateOutcome, result_of
+from edge_agent.update.ledger import InShadow, Ledger, Proven, UpdateOutcome, result_of
 from edge_agent.update.machine import BUSY, RESTING, RESUME, Event, Result, State
 from edge_agent.update.messages import Check, Checked, Fetch, ReadManifest, SelfTest, Setup, Test
 from edge_agent.update.policy import (
@@ -73,7 +72,7 @@ from edge_agent.update.roll_back import RollBack
 from edge_agent.update.serving import ServedRows, Serving, status_of
 from edge_agent.update.source import Access, Seen, Source, open_source
 from edge_agent.update.staging import make_folder, stage_local
-from edge_agent.update.upkeep import Upkeep, fingerprint
+from edge_agent.update.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
@@ -345,7 +344,7 @@ class Updater:
         if self._serving:
             self._serving.swap(prepared)
         tracked.begin(self._monotonic())
-        tracked.proven = await asyncio.to_thread(fingerprint, bundle)
+        tracked.proven = await asyncio.to_thread(Proven.of, bundle)
         self._ledger.move(model, Event.ACTIVATED)
         await self._ledger.save(model, tolerant=True)  # `activating` on disk resumes to the same
 
@@ -391,8 +390,9 @@ class Updater:
                 return Verdict.UNHEALTHY, "superseded", "what it ran beside was replaced"
             its = both.candidate
             tried = Tried(
-                self._monotonic() - shadow.since, sum(its.latencies), its.rows, its.fallback_rows,
-                its.non_finite_rows, _answered(its), _answered(both.active), both.ended,
+                self._monotonic() - shadow.since, sum(its.latencies), its.rows,
+                its.fallback_rows - its.late_rows, its.non_finite_rows, _answered(its),
+                _answered(both.active), both.ended,
             )  # fmt: skip
             return judge_split(self._config.probation, shadow.ab, tried)
         report = self._serving.shadow_report(model)
@@ -455,8 +455,8 @@ class Updater:
                     self._known.outcome = outcome
                 elif verdict is Verdict.AGAIN:
                     logger.info("model %s: %s; looking again", model, message)
-                    served = self._serving.served(model)
-                    tracked.begin(self._monotonic(), tuple(served.latencies), tracked.look + 1)
+                    answered = _answered(self._serving.served(model))
+                    tracked.begin(self._monotonic(), answered, tracked.look + 1)
                 elif verdict is Verdict.UNHEALTHY:
                     # Of a release that rotted on the disk nothing is known: it is repaired, not refused.
                     self._known.outcome = await self._back.take_back(
@@ -471,14 +471,17 @@ class Updater:
         served = self._serving.served(model) if status else None
         before = self._serving.served_before(model) if status else None
         tracked = self._models[model]
+        now = _answered(served) if served else None
+        if now is not None and tracked.answered_before is not None:
+            now = now.since(tracked.answered_before)
         return Observed(
             seconds=self._monotonic() - tracked.active_since,
             rows=served.rows if served else 0,
-            fallback_rows=served.fallback_rows if served else 0,
+            fallback_rows=served.fallback_rows - served.late_rows if served else 0,
             state=status.state if status else "absent",
             right=status is not None and status.digest == candidate.digest,
             non_finite_rows=served.non_finite_rows if served else 0,
-            now=_answered(served, tracked.answered_before) if served else None,
+            now=now,
             before=_answered(before) if before else None,
             look=tracked.look,
         )
@@ -665,12 +668,14 @@ class Updater:
                 logger.exception("model %s: its update is not resumed; what is current is served", model)
 
     async def stop(self) -> None:
-        """The agent ends in good order: nothing against a release on probation, and not counted."""
+        """The agent ends in good order: that says nothing against a release, and is not counted."""
         for model, tracked in self._models.items():
             record = tracked.record
             if record.state is State.PROBATION and record.starts:
                 tracked.record = msgspec.structs.replace(record, starts=record.starts - 1)
-                await self._ledger.save(model, tolerant=True)
+            elif record.state in _RUNS_THE_MODEL:
+                tracked.record = msgspec.structs.replace(record, state=RESUME[record.state])
+            await self._ledger.save(model, tolerant=True)
 
     async def _resume(self, model: str) -> None:
         tracked = await self._ledger.track(model)
@@ -919,10 +924,8 @@ _TRY_AGAIN: Final = frozenset(
 )
 
 
-def _answered(served: ServedRows, earlier: tuple[int, ...] = ()) -> Answered:
-    """What was answered; of the latencies, those after ``earlier`` ones were counted."""
+def _answered(served: ServedRows) -> Answered:
     by_model = max(served.rows - served.fallback_rows, 0)
-    latencies = tuple(
-        count - then for count, then in itertools.zip_longest(served.latencies, earlier, fillvalue=0)
+    return Answered(
+        by_model, served.failed_rows, tuple(served.latencies), tuple(served.scores), served.late_rows
     )
-    return Answered(by_model, served.failed_rows, latencies, tuple(served.scores))

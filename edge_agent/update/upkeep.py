@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-from edge_agent.contract import manifest as manifests
-from edge_agent.contract.bundle import Bundle
 from edge_agent.contract.errors import ContractError
 from edge_agent.errors import EdgeError
 from edge_agent.store.store import Store
-from edge_agent.update.ledger import Ledger
+from edge_agent.update.ledger import Ledger, Proven
 from edge_agent.update.machine import State
 from edge_agent.update.roll_back import RollBack
 from edge_agent.update.serving import Serving, status_of
@@ -61,23 +59,29 @@ class Upkeep:
         """Whether every byte of the current release is right; hashes only where a file has changed."""
         tracked = self._ledger.models[model]
 
-        def look() -> tuple[Any, ...] | None:
+        def look() -> Proven | None:
+            proven = tracked.proven
             try:
+                if proven is not None and self._is_as_it_was(model, proven):
+                    return proven
                 bundle = self._store.current(model)
                 if bundle is None:
                     return None
-                print_ = fingerprint(bundle)
-                if print_ != tracked.proven:
-                    bundle.verify()
+                found = Proven.of(bundle)
+                bundle.verify()
             except (ContractError, OSError) as error:
                 if not tracked.damaged:
                     logger.warning("model %s: the current release is damaged on disk: %s", model, error)
                 return None
-            return print_
+            return found
 
         tracked.proven = await asyncio.to_thread(look)
         tracked.damaged = tracked.proven is None and self._store.pointer(model) is not None
         return tracked.proven is not None
+
+    def _is_as_it_was(self, model: str, proven: Proven) -> bool:
+        """Whether the same release is current and no file of it has changed; nothing is read or parsed."""
+        return self._store.pointer(model) == proven.bundle.digest and Proven.of(proven.bundle) == proven
 
     async def _reload(self, model: str) -> None:
         """Load an intact release that serving does not run: what broke it in memory may have passed."""
@@ -100,12 +104,3 @@ class Upkeep:
             logger.warning("model %s: it is intact on disk and cannot be loaded: %s", model, error)
         else:
             logger.info("model %s: loaded again", model)
-
-
-def fingerprint(bundle: Bundle) -> tuple[Any, ...]:
-    """What changes when a file is replaced, truncated or written to: cheap, and only a hint to hash again."""
-    return tuple(
-        (name, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        for name in (manifests.FILE_NAME, *sorted(bundle.manifest.members))
-        for stat in [(bundle.path / name).stat()]
-    )

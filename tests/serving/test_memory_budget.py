@@ -172,6 +172,28 @@ def test_a_new_release_with_other_rules_only_takes_no_second_session(tmp_path: P
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("beside", ["shadow", "split"])
+def test_a_candidate_takes_room_too_and_gives_it_back(tmp_path: Path, beside: str) -> None:
+    async def story() -> None:
+        first, second, _ = bundles(tmp_path)
+        service = service_for(2, first, stay_seconds=0.0)
+        await service.start("a", first)
+        await service.start("b", second)
+        candidate = await service.prepare(tiny_bundle(tmp_path / "next", "a", "2.0.0"))
+        getattr(service, beside)(candidate, 0.5)
+        assert states(service) == "a:ready b:unloaded"
+        for _ in range(5):  # asked for, it still does not take the place of what is being compared
+            await service.submit("b", None, {"features": ROW})
+            await asyncio.gather(*service._loading)
+        assert states(service) == "a:ready b:unloaded"
+        await service.end_shadow("a")
+        service.end_split("a")
+        await service.submit("b", None, {"features": ROW})
+        await until(lambda: states(service) == "a:ready b:ready")
+
+    asyncio.run(story())
+
+
 def test_a_session_goes_with_the_last_who_has_it(tmp_path: Path) -> None:
     async def story() -> None:
         metrics = AgentMetrics(CollectorRegistry(), "test", "0")

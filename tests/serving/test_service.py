@@ -18,7 +18,7 @@ from edge_agent.errors import BadRules, EngineError, InvalidInput, Overloaded, U
 from edge_agent.serving.service import Service
 from edge_agent.telemetry.metrics import AgentMetrics
 from tests.support.bundles import expected_score, tiny_bundle
-from tests.support.faulty import counting
+from tests.support.faulty import RAISES, counting, faulty_bundle
 
 GOOD = np.full((1, 4), 0.5, np.float32)
 BAD = np.full((1, 4), 30.0, np.float32)
@@ -263,6 +263,36 @@ def test_a_request_without_time_left_is_answered_by_the_rules_at_once(tmp_path):
     asyncio.run(story())
 
 
+def test_what_the_model_had_no_time_for_is_told_from_what_it_got_wrong(tmp_path):
+    async def story():
+        rig = Rig(
+            ServingConfig(breaker_failures=2, breaker_seconds=3600.0),
+            EngineConfig(inline_below_ms=0.0, warmup_runs=1),
+        )
+        await rig.service.start("demo", endless_bundle(tmp_path / "b"))
+        assert (await rig.ask(GOOD, deadline=-1.0)).reason == "deadline"
+        assert rig.service.served("demo").fallback_rows == 0, "the model was not asked"
+        for reason in ("deadline", "deadline", "breaker_open"):
+            assert (await rig.ask(ENDLESS, deadline=0.03)).reason == reason
+        served = rig.service.served("demo")
+        assert (served.rows, served.fallback_rows, served.late_rows) == (4, 3, 3)
+
+    asyncio.run(story())
+
+
+def test_a_breaker_that_errors_opened_counts_no_row_as_late(tmp_path):
+    async def story():
+        rig = Rig(ServingConfig(breaker_failures=1, breaker_seconds=3600.0))
+        await rig.service.start("demo", faulty_bundle(tmp_path / "b", hanging=False))
+        raises = np.array([RAISES], np.float32)
+        for reason in ("model_error", "breaker_open"):
+            assert (await rig.ask(raises)).reason == reason
+        served = rig.service.served("demo")
+        assert (served.rows, served.fallback_rows, served.late_rows) == (2, 2, 0)
+
+    asyncio.run(story())
+
+
 def test_the_breaker_opens_after_failures_in_a_row_and_closes_after_a_success(tmp_path):
     async def story():
         rig = Rig(
@@ -418,3 +448,21 @@ def test_without_onnxruntime_the_rules_answer(tmp_path):
         [sys.executable, "-c", story, str(tmp_path / "b")], capture_output=True, text=True, check=False
     )
     assert done.stdout.startswith("fallback model_error [True] onnxruntime cannot be imported"), done
+
+
+def test_a_model_that_takes_four_rows_at_a_time_answers_for_each_of_them(tmp_path):
+    async def story():
+        rig = Rig()
+        bundle = tiny_bundle(tmp_path / "b", fixed_batch=4, non_finite_above=100.0)
+        await rig.service.start("demo", bundle)
+        rows = np.array([[0.5] * 4, [3.0] * 4, [0.1] * 4, [2.5] * 4], np.float32)
+        answer = await rig.ask(rows)
+        assert (answer.source, answer.failed) == ("model", [False, True, False, True])
+        assert rig.service.served("demo").rows == 4
+        rows[3] = 30.0  # the last row alone is not finite
+        answer = await rig.ask(rows)
+        assert (answer.source, answer.reason, len(answer.scores)) == ("fallback", "non_finite", 4)
+        with pytest.raises(InvalidInput, match=r"expected shape \[4, 4\], got \[1, 4\]"):
+            await rig.ask(GOOD)
+
+    asyncio.run(story())

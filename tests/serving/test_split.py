@@ -14,6 +14,7 @@ from edge_agent.errors import EngineError, UnknownModel
 from edge_agent.serving.service import Answer, Service
 from edge_agent.telemetry.metrics import AgentMetrics
 from tests.support.bundles import tiny_bundle
+from tests.support.faulty import HANGS, faulty_bundle
 
 GOOD, BAD = np.full((1, 4), 0.5, np.float32), np.full((1, 4), 30.0, np.float32)
 KEYS = [f"press {number}" for number in range(400)]
@@ -83,6 +84,40 @@ def test_a_version_that_is_insisted_on_answers_whatever_the_key_says(tmp_path) -
                 assert (await rig.ask(source=key, version=version)).version == version
         with pytest.raises(UnknownModel):
             await rig.ask(version="3.0.0")
+
+    asyncio.run(story())
+
+
+def test_a_version_that_is_insisted_on_is_no_attempt_of_the_other_ones_half_open_breaker(tmp_path) -> None:
+    async def story() -> None:
+        rig = Rig(breaker_failures=3)
+        await rig.begin(tmp_path, 0.5)
+        slot = rig.service._slots["demo"]
+        slot.failures = 3  # and its time is over
+        assert (await rig.ask(version="2.0.0")).version == "2.0.0"
+        assert slot.failures == 3
+        assert (await rig.ask()).version == "1.0.0", "this one tries"
+        assert slot.failures == 0
+
+    asyncio.run(story())
+
+
+def test_where_both_releases_are_late_the_machine_is_busy_and_the_candidate_goes_on(tmp_path) -> None:
+    async def story() -> None:
+        rig = Rig(breaker_failures=2, breaker_seconds=3600.0)
+        hanging = [faulty_bundle(tmp_path / v, hanging=True, version=v) for v in ("1.0.0", "2.0.0")]
+        await rig.service.start("demo", hanging[0])
+        rig.service.split(await rig.service.prepare(hanging[1]), 0.5)
+        stuck = np.array([HANGS], np.float32)
+        assert (await rig.ask(stuck, version="1.0.0", deadline=0.03)).reason == "deadline"
+        for _ in range(4):
+            assert (await rig.ask(stuck, version="2.0.0", deadline=0.03)).reason == "deadline"
+        report = rig.service.split_report("demo")
+        assert (report.ended, report.candidate.late_rows) == ("", 4)
+        rig.service._slots["demo"].failures = 0  # the other one does well
+        for _ in range(2):
+            await rig.ask(stuck, version="2.0.0", deadline=0.03)
+        assert rig.service.split_report("demo").ended == "breaker_open"
 
     asyncio.run(story())
 

@@ -46,12 +46,14 @@ def tiny_bundle(
     *,
     non_finite_above: float | None = None,
     rules: str | None = None,
+    fixed_batch: int | None = None,
 ) -> Bundle:
     """Write a bundle into ``folder`` (made if absent, expected empty).
 
     With ``bad`` the golden vectors do not agree with the model: the self-test of an update refuses it. With
     ``non_finite_above`` the model passes its golden vectors, but answers NaN for scores above that value: it
-    fails in service. ``rules`` is another rules.yaml than the fitting one.
+    fails in service. ``rules`` is another rules.yaml than the fitting one. With ``fixed_batch`` the model
+    takes so many rows and no other number of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = feature_names(features)
@@ -69,14 +71,14 @@ def tiny_bundle(
         name=name,
         version=Version(version),
         task=Task.ANOMALY,
-        inputs=(TensorSpec("features", Datatype.FP32, (-1, features), features=names),),
-        outputs=(TensorSpec("score", Datatype.FP32, (-1,)),),
+        inputs=(TensorSpec("features", Datatype.FP32, (fixed_batch or -1, features), features=names),),
+        outputs=(TensorSpec("score", Datatype.FP32, (fixed_batch or -1,)),),
         members={},
         decision=Decision("score", threshold, spread=1.0),
         precision="fp32",
     )
     files = {
-        MODEL: _model(features, version, non_finite_above),
+        MODEL: _model(features, version, non_finite_above, fixed_batch or "batch"),
         RULES: (_rules(names, threshold).to_yaml() if rules is None else rules).encode(),
         goldens.FILE_NAME: goldens.encode(golden),
         baselines.FILE_NAME: baselines.encode(baseline_of(rows, names, scores)),
@@ -92,7 +94,7 @@ def _rules(names: tuple[str, ...], threshold: float) -> RuleSet:
     return RuleSet(features=names, default="fail", distance=distance)
 
 
-def _model(features: int, version: str, non_finite_above: float | None) -> bytes:
+def _model(features: int, version: str, non_finite_above: float | None, batch: int | str) -> bytes:
     nodes = [
         helper.make_node("IsNaN", ["features"], ["missing"]),
         helper.make_node("Where", ["missing", "zero", "features"], ["imputed"]),
@@ -109,8 +111,8 @@ def _model(features: int, version: str, non_finite_above: float | None) -> bytes
     graph = helper.make_graph(
         nodes,
         "tiny",
-        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", features])],
-        [helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"])],
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, [batch, features])],
+        [helper.make_tensor_value_info("score", TensorProto.FLOAT, [batch])],
         [
             numpy_helper.from_array(np.array(value, np.float32), constant)
             for constant, value in constants.items()

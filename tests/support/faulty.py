@@ -21,9 +21,9 @@ GOOD = [0.5, 0.5, 0.5, 0.5]
 RAISES, HANGS, NOT_A_NUMBER = [0.5, 200, 0.5, 0.5], [0.5, 0.5, 200, 0.5], [0.5, 0.5, 0.5, 200]
 
 
-def faulty_bundle(folder: Path, *, hanging: bool, rules: str | None = None) -> Bundle:
+def faulty_bundle(folder: Path, *, hanging: bool, rules: str | None = None, version: str = "1.0.0") -> Bundle:
     """Write it into ``folder``; only with ``hanging`` there is a loop in its graph."""
-    seed = tiny_bundle(folder.with_name(f"{folder.name}-seed"), rules=rules)
+    seed = tiny_bundle(folder.with_name(f"{folder.name}-seed"), rules=rules, version=version)
     files = {name: (seed.path / name).read_bytes() for name in seed.manifest.members}
     folder.mkdir()
     manifest = msgspec.structs.replace(seed.manifest, members={})

@@ -51,6 +51,7 @@ class Served:
     failed_rows: int = 0
     latencies: tuple[int, ...] = ()
     scores: tuple[int, ...] = ()
+    late_rows: int = 0
 
 
 @dataclass

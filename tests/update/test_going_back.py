@@ -244,6 +244,61 @@ def test_probation_goes_on_after_a_restart_and_starts_its_time_again(
     asyncio.run(scenario())
 
 
+def answer(device: Device, rows: int, late: int) -> None:
+    """So many more rows were answered, so many of them by the rules because the time was over."""
+    tally = device.serving.tallies["demo"]
+    tally.rows += rows
+    tally.late_rows += late
+    tally.fallback_rows += late
+    tally.latencies = (sum(tally.latencies) + rows, 0)
+
+
+def test_a_device_that_is_busy_for_a_minute_refuses_no_release(device: Device, publisher: Publisher) -> None:
+    async def scenario() -> None:
+        second = await on_probation(device, publisher)
+        for _ in range(2):
+            answer(device, 100, late=100)
+            await device.updater.run_once()
+            device.clock.sleep(61)
+            await device.updater.run_once()
+            assert (device.state(), device.version()) == (State.PROBATION, "2.0.0")
+        answer(device, 100, late=0)
+        device.clock.sleep(61)
+        await device.updater.run_once()
+        assert device.state() is State.COMMITTED
+        assert device.store.record("demo").rejection(second.digest) is None
+
+    asyncio.run(scenario())
+
+
+def test_a_release_that_is_late_look_after_look_is_taken_back(device: Device, publisher: Publisher) -> None:
+    async def scenario() -> None:
+        second = await on_probation(device, publisher)
+        for _ in range(3):
+            answer(device, 100, late=20)
+            device.clock.sleep(61)
+            await device.updater.run_once()
+        record = device.store.record("demo")
+        assert (record.state, record.last_reason) == (State.ROLLED_BACK, "deadline")
+        assert record.rejection(second.digest) is not None
+        assert device.version() == "1.0.0"
+
+    asyncio.run(scenario())
+
+
+def test_a_release_that_fails_otherwise_is_taken_back_at_once_on_a_busy_device_too(
+    device: Device, publisher: Publisher
+) -> None:
+    async def scenario() -> None:
+        await on_probation(device, publisher)
+        answer(device, 100, late=50)
+        device.serving.tallies["demo"].fallback_rows += 10
+        await device.updater.run_once()
+        assert device.store.record("demo").last_reason == "fallback"
+
+    asyncio.run(scenario())
+
+
 def test_a_crash_loop_on_probation_rolls_back_at_the_next_start(device: Device, publisher: Publisher) -> None:
     async def scenario() -> None:
         second = await on_probation(device, publisher)
@@ -256,6 +311,31 @@ def test_a_crash_loop_on_probation_rolls_back_at_the_next_start(device: Device, 
         record = device.store.record("demo")
         assert (record.state, record.last_reason) == (State.ROLLED_BACK, "crash_loop")
         assert record.rejection(second.digest) is not None
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("state", [State.TESTING, State.SHADOWING])
+def test_an_agent_that_is_stopped_in_good_order_holds_nothing_against_what_it_was_trying(
+    device: Device, publisher: Publisher, state: State
+) -> None:
+    async def scenario() -> None:
+        publisher.assign(publisher.publish("1.0.0"))
+        await device.follow()
+        second = publisher.publish("2.0.0")
+        for _ in range(5):
+            record = device.store.record("demo")
+            device.store.save("demo", msgspec.structs.replace(record, state=state, candidate=second))
+            device.store.close()
+            device.start()
+            await device.updater._ledger.track("demo")  # as it is in the middle of it
+            await device.updater.stop()
+            await device.restart()
+            record = device.store.record("demo")
+            assert (record.state, record.interrupted) == (State.IDLE, 0)
+        publisher.assign(second)
+        await device.follow()
+        assert device.version() == "2.0.0"
 
     asyncio.run(scenario())
 

@@ -153,6 +153,38 @@ def test_a_slow_moment_is_looked_at_again(look: int, seconds: float, now: Answer
     assert judge(CONFIG, seen)[0] is verdict
 
 
+def late(rows: int, late_rows: int) -> Answered:
+    return Answered(rows - late_rows, 5, histogram(_4=rows), histogram(_5=60), late_rows)
+
+
+@pytest.mark.parametrize(
+    ("look", "now", "before", "verdict"),
+    [
+        (1, late(100, 5), USUAL, Verdict.HEALTHY),
+        (1, late(100, 6), USUAL, Verdict.AGAIN),
+        (1, late(100, 100), USUAL, Verdict.AGAIN),  # the rules answer meanwhile
+        (2, late(100, 100), USUAL, Verdict.AGAIN),
+        (3, late(100, 6), USUAL, Verdict.UNHEALTHY),
+        (3, late(100, 6), None, Verdict.UNHEALTHY),  # a first release, too
+        (3, late(100, 14), late(1000, 100), Verdict.HEALTHY),  # callers give no more time
+        (3, late(100, 16), late(1000, 100), Verdict.UNHEALTHY),
+    ],
+)
+def test_a_busy_moment_is_no_slow_model_and_a_slow_model_is_found(
+    look: int, now: Answered, before: Answered | None, verdict: Verdict
+) -> None:
+    seen = Observed(60, 100, 0, "ready", True, now=now, before=before, look=look)
+    found, reason, message = judge(CONFIG, seen)
+    assert found is verdict
+    assert verdict is Verdict.HEALTHY or (reason, "its time was over" in message) == ("deadline", True)
+
+
+def test_what_was_answered_since_is_a_difference() -> None:
+    earlier, now = late(100, 10), late(150, 30)
+    assert now.since(earlier) == Answered(30, 0, histogram(_4=50), histogram(), 20)
+    assert now.since(earlier).late_share == 0.4
+
+
 def test_what_answers_faster_than_two_milliseconds_is_not_too_slow() -> None:
     quick, slower = Answered(100, 5, histogram(_0=100)), Answered(100, 5, histogram(_5=100))
     assert compare(CONFIG, slower, quick) is None

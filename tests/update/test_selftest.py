@@ -43,6 +43,20 @@ def test_vectors_that_agree_pass_and_are_reported(tmp_path: Path) -> None:
     assert report.as_dict()["message"].startswith("8 vectors agree")
 
 
+def test_a_model_that_takes_four_rows_at_a_time_is_given_four_at_a_time(tmp_path: Path) -> None:
+    report = run_self_test(tiny_bundle(tmp_path / "fours", fixed_batch=4), ENGINE)
+    assert (report.passed, report.vectors) == (True, 8), report.message
+    report = run_self_test(tiny_bundle(tmp_path / "threes", fixed_batch=3), ENGINE)
+    assert (report.passed, report.vectors) == (True, 6), "two vectors are no whole batch"
+    report = run_self_test(tiny_bundle(tmp_path / "nines", fixed_batch=9), ENGINE)
+    assert (report.reason, report.message) == (
+        "no_golden",
+        "golden.msgpack holds 8 vectors, the model takes 9 at a time",
+    )
+    report = run_self_test(tiny_bundle(tmp_path / "bad", fixed_batch=4, bad=True), ENGINE)
+    assert report.reason == "selftest"
+
+
 def test_vectors_that_differ_fail_and_say_by_how_much(tmp_path: Path) -> None:
     report = run_self_test(tiny_bundle(tmp_path / "b", bad=True), ENGINE)
     assert not report.passed
