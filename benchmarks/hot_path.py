@@ -34,7 +34,8 @@ from edge_agent.contract.bundle import MODEL, open_bundle
 from edge_agent.serving.engine import Engine
 from edge_agent.serving.service import Service
 from edge_agent.telemetry.metrics import AgentMetrics
-from edge_agent.transport.http import HttpConnection, HttpServer
+from edge_agent.transport.connection import HttpConnection
+from edge_agent.transport.http import HttpServer
 from examples.demo.clients import predict_body
 
 CONNECTIONS = (1, 16, 64)

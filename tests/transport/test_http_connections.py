@@ -16,7 +16,8 @@ import pytest
 
 from edge_agent.config import HttpConfig
 from edge_agent.errors import ConfigError, UpdateRejected
-from edge_agent.transport.http import MAX_HEADER_BYTES, MAX_PIPELINED, HttpServer
+from edge_agent.transport.connection import MAX_HEADER_BYTES, MAX_PIPELINED
+from edge_agent.transport.http import HttpServer
 from edge_agent.transport.routes import EXPOSITION
 from tests.support.services import eventually
 from tests.transport.agent import TIMEOUT, Agent, Client

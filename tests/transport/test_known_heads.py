@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from edge_agent.config import HttpConfig
-from edge_agent.transport.http import MAX_KNOWN_HEADS, HttpServer
+from edge_agent.transport.connection import MAX_KNOWN_HEADS
+from edge_agent.transport.http import HttpServer
 from tests.transport.agent import TIMEOUT, Agent
 
 
