@@ -185,6 +185,9 @@ class ModelledServing:
         """Nothing to end."""
         self._split = False
 
+    def forget(self, prepared: object) -> None:
+        """Nothing to free."""
+
     def degrade(self, model: str, state: str, reason: str) -> None:
         """It failed, and there is nothing to go back to: every answer comes from the rules."""
         with self._lock:

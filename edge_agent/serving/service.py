@@ -18,34 +18,30 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, cast
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from edge_agent.config import DriftConfig, EngineConfig, ServingConfig
-from edge_agent.contract import baseline as baselines
-from edge_agent.contract.bundle import MODEL, RULES, Bundle
+from edge_agent.contract.bundle import Bundle
 from edge_agent.contract.errors import ContractError
-from edge_agent.contract.golden import FILE_NAME as GOLDEN
-from edge_agent.contract.golden import parse as parse_golden
 from edge_agent.contract.manifest import Decision, Manifest
-from edge_agent.drift.detector import DriftDetector, DriftVerdict
-from edge_agent.drift.window import BLOCK_ROWS
 from edge_agent.errors import BadRules, EngineError, InvalidInput, Overloaded, Unavailable, UnknownModel
 from edge_agent.rules.evaluate import RuleSet, constant
 from edge_agent.serving import tensors
 from edge_agent.serving.batcher import Batcher, Pending, Timings
-from edge_agent.serving.decision import Scores, fails, on_the_models_scale
-from edge_agent.serving.engine import Engine, Sessions, may_not_end
+from edge_agent.serving.decision import fails, on_the_models_scale
+from edge_agent.serving.engine import Sessions
 from edge_agent.serving.history import History, Noted
+from edge_agent.serving.release import Release, features, load, longest_stall, read_rules, retire, rows_of
 from edge_agent.serving.room import Tenant, fits, who_leaves
 from edge_agent.serving.shadow import Shadow, ShadowReport
 from edge_agent.serving.split import Served, Split, SplitReport, why_not_beside
 from edge_agent.serving.tensors import Feeds, Tensor
-from edge_agent.telemetry.metrics import AgentMetrics, ReleaseMetrics
+from edge_agent.serving.watch import DriftWatch
+from edge_agent.telemetry.metrics import AgentMetrics
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +56,6 @@ _REASON_BY_STATE: Final[Mapping[str, str]] = {
     "failed": "model_error",
     "rejected": "rejected",
 }
-_OCTAVES: Final = 10  # scores are counted by doublings, from 2**-10 to 2**10 times the threshold
 # Of its time, so much of a request is left for the rules to answer inside it when the model is late.
 _RESERVED_SHARE: Final = 0.05
 _MOST_RESERVED: Final = 0.005  # seconds
@@ -134,23 +129,8 @@ class ModelStatus:
     drifting: bool | None
 
 
-@dataclass(slots=True, eq=False)
-class _Release:
-    """A bundle ready to answer: with its engine, or with its rules only."""
-
-    bundle: Bundle
-    manifest: Manifest
-    rules: RuleSet
-    metrics: ReleaseMetrics
-    engine: Engine | None = None
-    batcher: Batcher | None = None
-    detector: DriftDetector | None = None
-    load_seconds: float = 0.0
-    stall_seconds: float = 0.0
-
-
-PreparedModel = _Release
-"""A release that is loaded and warm, and answers nothing yet. Made by ``prepare``, spent by ``swap``."""
+PreparedModel = Release
+"""A release that is loaded and warm. Made by ``prepare``, spent by ``swap`` or ``forget``."""
 
 
 @dataclass(slots=True, eq=False)
@@ -158,7 +138,8 @@ class _Slot:
     """One model name and what stands behind it now."""
 
     name: str
-    release: _Release | None = None
+    watch: DriftWatch
+    release: Release | None = None
     state: State = "absent"
     reason: str = ""
     killed: bool = False
@@ -171,17 +152,13 @@ class _Slot:
     non_finite_rows: int = 0
     failed_rows: int = 0
     latencies_before: tuple[int, ...] = ()  # of this version when it was swapped in
-    scores: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * _OCTAVES + 1, np.int64))
     before: Served | None = None  # what the release before came to
     shadow: Shadow | None = None
-    split: Split[_Release] | None = None
+    split: Split[Release] | None = None
     history: History | None = None  # where the rules need one
     asked: float = 0.0  # when it was asked last, and ...
     loaded: float = 0.0  # ... when its model came into memory: time.monotonic()
     made_room: bool = False  # unloaded for others: the next request brings it back
-    unwatched: list[tuple[Tensor, Scores]] = field(default_factory=list)
-    unwatched_rows: int = 0
-    drift: DriftVerdict | None = None
 
     @property
     def candidate(self) -> Manifest | None:
@@ -285,7 +262,7 @@ class Service:
             if reason == "breaker_open":  # without time left it was not asked, which is no fault of it
                 self._fell_back(slot, release, rows, reason)
             if slot.history is not None:
-                noted = slot.history.note(source, _rows(release.manifest, feeds, rows), now)
+                noted = slot.history.note(source, rows_of(release.manifest, feeds, rows), now)
             then(self._by_rules(slot, release, release, feeds, rows, reason, now, noted))
             if slot.made_room:
                 self._bring_back(slot)
@@ -299,7 +276,7 @@ class Service:
                 "send less or try again"
             )
         if slot.history is not None:
-            noted = slot.history.note(source, _rows(release.manifest, feeds, rows), now)
+            noted = slot.history.note(source, rows_of(release.manifest, feeds, rows), now)
         chosen.batcher.add(
             _Request(
                 feeds, rows, now, now + limit, then=then, slot=slot, release=chosen, noted=noted,
@@ -332,7 +309,7 @@ class Service:
                 slot.state,
                 "killed by the assignments" if slot.killed else slot.reason,
                 slot.release.manifest.precision if slot.release else "",
-                slot.drift.drifting if slot.drift else None,
+                slot.watch.verdict.drifting if slot.watch.verdict else None,
             )
             for slot in self._slots.values()
         ]
@@ -377,30 +354,30 @@ class Service:
             EngineError: onnxruntime refuses the model.
         """
         started = time.perf_counter()
-        stall = asyncio.create_task(_longest_stall(), name="stall")
+        stall = asyncio.create_task(longest_stall(), name="stall")
         try:
-            rules, engine, inline, detector = await asyncio.to_thread(
-                _load, bundle, self._sessions, self._engine, self._drift
+            loaded = await asyncio.to_thread(
+                load, bundle, self._sessions, self._engine, self._drift, self._serving.default_decision
             )
         finally:
             stall.cancel()
             stalled = await stall
         manifest = bundle.manifest
-        release = _Release(
+        release = Release(
             bundle,
             manifest,
-            rules,
+            loaded.rules,
             self._metrics.for_release(manifest.name, manifest.version),
-            engine=engine,
-            detector=detector,
+            engine=loaded.engine,
+            detector=loaded.detector,
             load_seconds=time.perf_counter() - started,
             stall_seconds=stalled,
         )
         release.batcher = Batcher(
-            engine,
+            loaded.engine,
             max_rows=self._engine.max_batch_rows,
             joinable=tensors.batchable(manifest.inputs, manifest.outputs),
-            inline=inline,
+            inline=loaded.inline,
             finish=self._finish,
             observe_rows=release.metrics.batch,
             delay=self._engine.batch_delay_us * 1e-6,
@@ -418,14 +395,14 @@ class Service:
         slot.failures, slot.open_until = 0, 0.0
         slot.rows = slot.fallback_rows = slot.late_rows = slot.non_finite_rows = slot.failed_rows = 0
         slot.latencies_before = tuple(prepared.metrics.latencies)
-        slot.scores = np.zeros_like(slot.scores)
-        slot.unwatched, slot.unwatched_rows, slot.drift = [], 0, None
+        slot.watch.end()
+        slot.watch = DriftWatch(name, self._metrics)
         self._remember(slot, prepared.rules)
         self._say(slot, "ready", "")
         self._metrics.model_info(name, prepared.manifest.version, prepared.bundle.digest)
         self._metrics.model_loaded(name, prepared.load_seconds)
         self._metrics.serving_gap(name, prepared.stall_seconds)
-        _retire(before)
+        retire(before)
         slot.loaded, slot.made_room = time.monotonic(), False
         self._make_room(slot, prepared.manifest)
 
@@ -435,8 +412,8 @@ class Service:
         slot.made_room = False
         before = slot.release
         if before is not None:
-            slot.release = _Release(before.bundle, before.manifest, before.rules, before.metrics)
-            _retire(before)
+            slot.release = Release(before.bundle, before.manifest, before.rules, before.metrics)
+            retire(before)
         self._say(slot, state, reason)
         log.warning("model %s: %s: %s", name, state, reason)
 
@@ -482,7 +459,7 @@ class Service:
         return Served(
             slot.rows, slot.fallback_rows, slot.non_finite_rows, slot.failed_rows,
             tuple(count - then for count, then in zip(now, since, strict=False)),
-            tuple(slot.scores.tolist()),
+            tuple(slot.watch.scores.tolist()),
             slot.late_rows,
         )  # fmt: skip
 
@@ -554,6 +531,10 @@ class Service:
             self._metrics.split_share(name, split.version, None)
         return report
 
+    def forget(self, prepared: PreparedModel) -> None:
+        """Free a prepared release that will not be swapped in, once it has answered what it was asked."""
+        retire(prepared)
+
     def timings(self, name: str) -> Timings:
         """Where the time of what the current release computed went."""
         release = self._slots[name].release if name in self._slots else None
@@ -571,8 +552,11 @@ class Service:
         while True:
             await asyncio.sleep(interval)
             for slot in list(self._slots.values()):
+                release = slot.release
+                if release is None:
+                    continue
                 try:
-                    await self._watch(slot)
+                    await slot.watch.look(release.detector, release.manifest.decision)
                 except Exception:  # whatever it is: watching must not take answering along
                     log.exception("model %s: drift cannot be judged", slot.name)
 
@@ -637,10 +621,10 @@ class Service:
 
     def _slot(self, name: str) -> _Slot:
         if name not in self._slots:
-            self._slots[name] = _Slot(name)
+            self._slots[name] = _Slot(name, DriftWatch(name, self._metrics))
         return self._slots[name]
 
-    def _find(self, model: str | None, version: str | None) -> tuple[_Slot, _Release]:
+    def _find(self, model: str | None, version: str | None) -> tuple[_Slot, Release]:
         if model is None:
             if len(self._slots) != 1:
                 known = ", ".join(self._slots) or "none"
@@ -682,18 +666,18 @@ class Service:
         """The first bundle whose rules can be read answers; the last resort is the configured constant."""
         for bundle in bundles:
             try:
-                rules = await asyncio.to_thread(_read_rules, bundle)
+                rules = await asyncio.to_thread(read_rules, bundle, self._serving.default_decision)
             except (ContractError, BadRules) as error:
                 log.warning("rules of %s %s cannot be used: %s", name, bundle.manifest.version, error)
                 continue
             break
         else:
             bundle = bundles[0]
-            rules = constant(self._serving.default_decision, _features(bundle.manifest))
+            rules = constant(self._serving.default_decision, features(bundle.manifest))
         manifest = bundle.manifest
         metrics = self._metrics.for_release(name, manifest.version)
         slot = self._slot(name)
-        slot.release = _Release(bundle, manifest, rules, metrics)
+        slot.release = Release(bundle, manifest, rules, metrics)
         self._remember(slot, rules)
         self._metrics.model_info(name, manifest.version, bundle.digest)
         self.degrade(name, state, reason)
@@ -723,7 +707,7 @@ class Service:
                         request.told = True
                         request.then(error)
 
-    def _fault(self, slot: _Slot, release: _Release, *, late: bool) -> None:
+    def _fault(self, slot: _Slot, release: Release, *, late: bool) -> None:
         """The engine raised, or was late: once for all requests it was late for in one turn of the loop."""
         if slot.release is release:
             slot.late = late
@@ -757,7 +741,7 @@ class Service:
             answer = error
         request.then(answer)
 
-    def _fell_back(self, slot: _Slot, asked: _Release, rows: int, reason: str) -> None:
+    def _fell_back(self, slot: _Slot, asked: Release, rows: int, reason: str) -> None:
         """The rules answer through a fault of the model that was asked."""
         if slot.release is asked:
             slot.fallback_rows += rows
@@ -768,7 +752,7 @@ class Service:
         elif slot.split is not None and slot.split.release is asked:
             slot.split.fell_back(rows, reason)
 
-    def _by_model(self, slot: _Slot, release: _Release, requests: list[_Request], outputs: Feeds) -> None:
+    def _by_model(self, slot: _Slot, release: Release, requests: list[_Request], outputs: Feeds) -> None:
         """Answer the requests of one batch; what costs a microsecond a call is done once for all of them."""
         manifest, decision = release.manifest, release.manifest.decision
         values: list[float] | None = None
@@ -815,14 +799,14 @@ class Service:
         for request, answer in zip(requests, answers, strict=True):
             request.told = True
             request.then(answer)
-            if watched and slot.unwatched_rows < self._drift.max_rows_per_second:
-                self._offer_to_drift(slot, request, np.array(answer.scores))
+            if watched and slot.watch.waiting < self._drift.max_rows_per_second:
+                slot.watch.offer(next(iter(request.feeds.values())), np.array(answer.scores))
 
     def _by_rules(
         self,
         slot: _Slot,
-        release: _Release,
-        asked: _Release,
+        release: Release,
+        asked: Release,
         feeds: Feeds,
         rows: int,
         reason: str,
@@ -837,7 +821,7 @@ class Service:
         failed_rows = 0
         if decision is not None:
             if noted is None:
-                judged = release.rules.evaluate(_rows(manifest, feeds, rows)).score
+                judged = release.rules.evaluate(rows_of(manifest, feeds, rows)).score
             else:
                 judged = noted.history.judge(noted)
             scores = on_the_models_scale(judged, decision)
@@ -857,151 +841,18 @@ class Service:
             outputs, values, decision, seconds,
         )  # fmt: skip
 
-    def _offer_to_drift(self, slot: _Slot, request: _Request, scores: Scores) -> None:
-        slot.unwatched.append((next(iter(request.feeds.values())), scores))
-        slot.unwatched_rows += request.rows
-
-    async def _watch(self, slot: _Slot) -> None:
-        release, rows = slot.release, slot.unwatched
-        slot.unwatched, slot.unwatched_rows = [], 0
-        if release is None or release.detector is None or not rows:
-            return
-        detector = release.detector  # a swap meanwhile retires the release and takes it away
-        slot.scores += _by_octave([scores for _, scores in rows], release.manifest.decision)
-        for features, scores in rows:
-            # On the loop, in slices of a tenth of a millisecond: a thread would keep the interpreter from
-            # answering for as long as it likes.
-            for begin in range(0, len(features), BLOCK_ROWS):
-                part = slice(begin, begin + BLOCK_ROWS)
-                verdict = detector.update(features[part], scores[part])
-                if slot.release is not release:
-                    return
-                if verdict is not None:
-                    self._judged(slot, verdict)
-                await asyncio.sleep(0)
-        self._metrics.drift_rows(slot.name, detector.rows_in_window)
-
-    def _judged(self, slot: _Slot, verdict: DriftVerdict) -> None:
-        if verdict.drifting and not (slot.drift and slot.drift.drifting):
-            log.warning("model %s: drift in %s", slot.name, ", ".join(verdict.features[:5]) or "the score")
-        slot.drift = verdict
-        self._metrics.drift(slot.name, verdict.statistics, len(verdict.features))
-
 
 class _Request(Pending, eq=False, kw_only=True):
     """A pending request, and where its answer goes."""
 
     then: Then
     slot: _Slot
-    release: _Release
-    fallback: _Release  # whose rules answer if it cannot: the same, but for a candidate
+    release: Release
+    fallback: Release  # whose rules answer if it cannot: the same, but for a candidate
     noted: Noted | None  # by the rules' history, where they have one
     told: bool = False
-
-
-def _load(
-    bundle: Bundle, sessions: Sessions, config: EngineConfig, drift: DriftConfig
-) -> tuple[RuleSet, Engine, bool, DriftDetector | None]:
-    """Verify everything, then parse, load and warm it; says also if it may run on the loop. In a thread."""
-    bundle.verify()
-    rules = _read_rules(bundle)
-    engine = sessions.engine(bundle.member(MODEL), bundle.manifest.members[MODEL].digest)
-    _check_names(bundle, engine)
-    median = engine.warm_up(_warm_up_feeds(bundle), config.warmup_runs)
-    inline = median < config.inline_below_ms / 1000 and not may_not_end(bundle.member(MODEL))
-    detector = None
-    if drift.enabled and baselines.FILE_NAME in bundle.manifest.members:
-        baseline = baselines.parse(bundle.read(baselines.FILE_NAME))
-        if len(baseline.features) == len(_features(bundle.manifest)):
-            detector = DriftDetector(baseline, drift.window_rows)
-    return rules, engine, inline, detector
 
 
 def _inside(deadline: float) -> float:
     """How long the model may take, so that somebody answers inside the deadline."""
     return deadline - min(deadline * _RESERVED_SHARE, _MOST_RESERVED)
-
-
-def _read_rules(bundle: Bundle) -> RuleSet:
-    features = _features(bundle.manifest)
-    if RULES not in bundle.manifest.members:
-        return constant("fail", features)
-    return RuleSet.parse(bundle.read(RULES), features)
-
-
-def _features(manifest: Manifest) -> tuple[str, ...]:
-    """The column names of the first input, made up where the manifest has none."""
-    first = manifest.inputs[0]
-    if first.features is not None:
-        return first.features
-    width = first.shape[-1] if len(first.shape) == 2 and first.shape[-1] > 0 else 1
-    return tuple(f"f{column}" for column in range(width))
-
-
-def _check_names(bundle: Bundle, engine: Engine) -> None:
-    for kind, declared, real in (
-        ("inputs", bundle.manifest.inputs, engine.input_names),
-        ("outputs", bundle.manifest.outputs, engine.output_names),
-    ):
-        if {spec.name for spec in declared} != set(real):
-            raise EngineError(
-                f"model {bundle.name!r}: the manifest's {kind} are {', '.join(s.name for s in declared)}, "
-                f"the model's are {', '.join(real)}"
-            )
-
-
-def _warm_up_feeds(bundle: Bundle) -> Feeds:
-    """One row to warm up with, or as many as the model insists on: the first golden vectors, else zeros."""
-    if GOLDEN in bundle.manifest.members:
-        golden = parse_golden(bundle.read(GOLDEN))
-        rows = tensors.fixed_rows(bundle.manifest.inputs) or 1
-        return {array.name: np.ascontiguousarray(tensors.to_numpy(array)[:rows]) for array in golden.inputs}
-    return {
-        spec.name: np.zeros([max(size, 1) for size in spec.shape], tensors.numpy_dtype(spec.datatype))
-        for spec in bundle.manifest.inputs
-    }
-
-
-def _rows(manifest: Manifest, feeds: Feeds, rows: int) -> Tensor:
-    """What the rules look at: the first input as (rows, features)."""
-    first: Tensor = feeds[manifest.inputs[0].name]
-    width = len(_features(manifest))
-    if first.ndim == 2 and first.shape[1] == width:
-        return first
-    return np.zeros((rows, width))
-
-
-def _by_octave(scores: list[Scores], decision: Decision | None) -> npt.NDArray[np.int64]:
-    """Counts by log2(score / threshold), rounded; all zero where there is no threshold above zero."""
-    if decision is None or decision.threshold <= 0:
-        return np.zeros(2 * _OCTAVES + 1, np.int64)
-    ratios = np.maximum(np.concatenate(scores), 1e-300) / decision.threshold
-    octaves = np.clip(np.rint(np.log2(ratios)), -_OCTAVES, _OCTAVES).astype(np.int64)
-    return np.bincount(octaves + _OCTAVES, minlength=2 * _OCTAVES + 1)
-
-
-def _retire(release: _Release | None) -> None:
-    """Let the old engine finish what it has, then free it in a thread: destroying a session takes a while."""
-    if release is None or release.batcher is None:
-        return
-    loop = asyncio.get_running_loop()
-    batcher = release.batcher
-
-    def free() -> None:
-        doomed: list[Any] = [release.engine]
-        release.engine = release.batcher = release.detector = None
-        loop.run_in_executor(None, doomed.clear)
-
-    batcher.close(free)
-
-
-async def _longest_stall(tick: float = 0.001) -> float:
-    """The longest time this loop was kept from running anything, until cancelled. Seconds."""
-    longest = 0.0
-    try:
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(tick)
-            longest = max(longest, time.monotonic() - before - tick)
-    except asyncio.CancelledError:
-        return longest

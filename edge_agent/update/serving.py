@@ -157,6 +157,10 @@ class Serving(Protocol):
         """Let it answer nothing more; it may still be swapped in."""
         ...
 
+    def forget(self, prepared: Any) -> None:
+        """Free what was prepared, and runs beside nothing any more, and will not be swapped in."""
+        ...
+
     def degrade(self, name: str, state: Literal["rejected"], reason: str) -> None:
         """Let the rules answer until a release is swapped in. May come before the model is known."""
         ...

@@ -420,10 +420,12 @@ class Updater:
     async def _leave_shadow(self, model: str, result: Result, reason: str, message: str) -> UpdateOutcome:
         """The candidate in the shadow is given up; what answers is not touched."""
         tracked = self._models[model]
+        shadow, tracked.shadow = tracked.shadow, None
         if self._serving:
             await self._serving.end_shadow(model)
             self._serving.end_split(model)
-        tracked.shadow = None
+            if shadow is not None:
+                self._serving.forget(shadow.prepared)
         if result is Result.REJECTED and tracked.record.candidate is not None:
             self._ledger.reject(model, tracked.record.candidate, reason, message)
         return await self._ledger.finish(model, Event.FAIL, result, reason, message)

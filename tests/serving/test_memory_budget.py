@@ -210,6 +210,24 @@ def test_a_session_goes_with_the_last_who_has_it(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_a_candidate_that_is_forgotten_answers_what_it_was_asked_and_is_freed(tmp_path: Path) -> None:
+    async def story() -> None:
+        metrics = AgentMetrics(CollectorRegistry(), "test", "0")
+        service = Service(ServingConfig(), EngineConfig(), DriftConfig(enabled=False), metrics)
+        await service.start("a", tiny_bundle(tmp_path / "a", "a"))
+        candidate = await service.prepare(tiny_bundle(tmp_path / "b", "a", "2.0.0"))
+        service.split(candidate, 1.0)
+        assert candidate.engine is not None
+        watched = weakref.ref(candidate.engine._session)
+        asked = service.submit("a", None, {"features": ROW})
+        service.end_split("a")
+        service.forget(candidate)
+        assert ((await asked).version, (await asked).source) == ("2.0.0", "model")
+        await until(lambda: watched() is None)
+
+    asyncio.run(story())
+
+
 def test_a_shared_model_counts_once_and_leaves_as_a_whole(tmp_path: Path) -> None:
     async def story() -> None:
         first = tiny_bundle(tmp_path / "a", "a", "1.0.1")

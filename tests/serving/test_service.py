@@ -147,6 +147,21 @@ def test_with_no_rules_at_all_the_configured_default_answers(tmp_path):
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("decision", ["pass", "fail"])
+def test_where_a_bundle_brings_no_rules_the_configured_default_answers(tmp_path, decision):
+    async def story():
+        seed = tiny_bundle(tmp_path / "seed")
+        files = {name: seed.read(name) for name in seed.manifest.members if name != RULES}
+        (tmp_path / "b").mkdir()
+        rig = Rig(ServingConfig(default_decision=decision))
+        await rig.service.start("demo", write_bundle(tmp_path / "b", seed.manifest, files))
+        assert (await rig.ask(GOOD)).source == "model"
+        rig.service.set_killed("demo", killed=True)
+        assert (await rig.ask(GOOD)).failed == [decision == "fail"]
+
+    asyncio.run(story())
+
+
 def test_the_kill_switch_silences_the_model_and_is_taken_back(tmp_path):
     async def story():
         rig = Rig()

@@ -115,7 +115,8 @@ def test_what_a_release_answered_is_kept_for_the_comparison_with_the_next(tmp_pa
         agent = service()
         await agent.start("demo", tiny_bundle(tmp_path / "1"))
         await ask(agent, 1.0, 3.0, 3.0)
-        await agent._watch(agent._slots["demo"])  # what watch_drift does each second
+        slot = agent._slots["demo"]
+        await slot.watch.look(slot.release.detector, slot.release.manifest.decision)  # as each second
         assert agent.served_before("demo") is None
         agent.swap(await agent.prepare(tiny_bundle(tmp_path / "2", version="2.0.0")))
         before, now = agent.served_before("demo"), agent.served("demo")

@@ -219,12 +219,12 @@ def test_a_candidate_can_be_swapped_in_and_drift_is_judged_then(tmp_path) -> Non
         with pytest.raises(RuntimeError):
             rig.service.shadow(prepared, 1.0)
         assert (await rig.ask()).version == "2.0.0"
-        assert rig.service._slots["demo"].unwatched == []
+        assert rig.service._slots["demo"].watch.waiting == 0
         rig.service.swap(prepared)
         assert rig.service.split_report("demo") is None
         assert (await rig.ask()).version == "2.0.0"
         assert rig.service.served("demo").rows == 1
-        assert len(rig.service._slots["demo"].unwatched) == 1
+        assert rig.service._slots["demo"].watch.waiting == 1
 
     asyncio.run(story())
 

@@ -82,6 +82,7 @@ class TalliedServing:
         self.shadowed = Shadowed()
         self.killed: dict[str, bool] = {}
         self.swaps: list[str] = []
+        self.forgotten: list[str] = []
         self.fault: Exception | None = None
 
     async def prepare(self, bundle: Bundle) -> Bundle:
@@ -123,6 +124,9 @@ class TalliedServing:
 
     def end_split(self, name: str) -> None:
         pass
+
+    def forget(self, prepared: Bundle) -> None:
+        self.forgotten.append(prepared.manifest.version)
 
     def degrade(self, name: str, state: str, reason: str) -> None:
         self.states[name] = state

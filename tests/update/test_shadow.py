@@ -80,6 +80,7 @@ def test_what_disagrees_is_rejected_for_good_and_never_answered(device: Device, 
         assert (device.state(), device.version()) == (State.IDLE, "1.0.0")
         assert device.serving.swaps == ["1.0.0"]
         assert device.store.record("demo").last_reason == "disagreement"
+        assert device.serving.forgotten == ["2.0.0"]
         await device.restart()
         await device.updater.run_once()
         assert not device.serving.shadows
