@@ -17,6 +17,7 @@ from edge_agent.errors import UpdateRejected
 from edge_agent.store.state import Rejected, UpdateRecord
 from edge_agent.update.holds import Hold
 from edge_agent.update.machine import Event, Result
+from edge_agent.update.serving import ServedRows
 
 _ENOUGH: Final = 50  # rows or requests on either side; a share of fewer says little
 _LOOKS: Final = 3  # at what is too slow: a device that is busy for a moment is no slow release
@@ -150,6 +151,14 @@ class Answered:
     latencies: tuple[int, ...] = ()
     scores: tuple[int, ...] = ()
     late_rows: int = 0
+
+    @classmethod
+    def of(cls, served: ServedRows) -> Answered:
+        """Of what a release has served so far."""
+        by_model = max(served.rows - served.fallback_rows, 0)
+        return cls(
+            by_model, served.failed_rows, tuple(served.latencies), tuple(served.scores), served.late_rows
+        )
 
     @property
     def late_share(self) -> float:

@@ -11,7 +11,8 @@ Invariants:
 - nothing here blocks the event loop: hashing, fsync and the network run in threads or in the worker process.
 
 ``run_once`` is the story: watch, look, check, and for each model decide (``policy.py``) and update. Going
-back is in ``roll_back.py``, what keeps the installed release right in ``upkeep.py``.
+back is in ``roll_back.py``, what runs beside what answers in ``beside.py``, what keeps the installed release
+right in ``upkeep.py``, the worker in ``workshop.py``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import msgspec
 
 from edge_agent import __version__
 from edge_agent.config import EngineConfig, UpdatesConfig
-from edge_agent.contract.assignments import Release, Share, Split
+from edge_agent.contract.assignments import Release, Share
 from edge_agent.contract.bundle import Bundle, open_bundle
 from edge_agent.contract.digest import Digest
 from edge_agent.contract.errors import ContractError
@@ -49,37 +50,32 @@ from edge_agent.store.state import UpdateRecord
 from edge_agent.store.store import Store
 from edge_agent.telemetry.metrics import AgentMetrics
 from edge_agent.update import polls
-from edge_agent.update.child import Hands, child_process, this_process
+from edge_agent.update.beside import Beside
+from edge_agent.update.child import Hands
 from edge_agent.update.holds import NOT_HELD, Hold, Holds
-from edge_agent.update.ledger import InShadow, Ledger, Proven, UpdateOutcome, result_of
+from edge_agent.update.ledger import Ledger, Proven, UpdateOutcome, result_of
 from edge_agent.update.machine import BUSY, RESTING, RESUME, Event, Result, State
-from edge_agent.update.messages import Check, Checked, Fetch, ReadManifest, SelfTest, Setup, Test
+from edge_agent.update.messages import Check, Checked, Fetch, ReadManifest, SelfTest, Test
 from edge_agent.update.policy import (
     Answered,
     Observed,
-    Shadowed,
-    Tried,
     Verdict,
     check_fit,
     check_floor,
     decide,
     judge,
-    judge_shadow,
-    judge_split,
 )
 from edge_agent.update.polls import Backoff
 from edge_agent.update.roll_back import RollBack
-from edge_agent.update.serving import ServedRows, Serving, status_of
-from edge_agent.update.source import Access, Seen, Source, open_source
+from edge_agent.update.serving import Serving, status_of
+from edge_agent.update.source import Seen, Source, open_source
 from edge_agent.update.staging import make_folder, stage_local
 from edge_agent.update.upkeep import Upkeep
+from edge_agent.update.workshop import Workshop
 
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS: Final = 1.0  # between two looks at a release on probation
-_GRACE_SECONDS: Final = 5.0
-_GIT_COPY: Final = "git"  # folder of the store: the shallow copy of a git source
-_GIT_BESIDE: Final = 64 << 20  # bytes that such a copy may hold beside the members of one release
 _SPARE_BYTES: Final = 16 << 20  # left free on the disk beside what an update needs: records, metrics queue
 
 # Seen by running it here, and the same tomorrow. What its manifest already says is looked at anew each time,
@@ -140,23 +136,22 @@ class Updater:
         rng: random.Random | None = None,
     ) -> None:
         self._config = config
-        self._device = device
         self._store = store
         self._serving = serving
         self._metrics = metrics
-        self._engine = engine or EngineConfig()
         self._now = now
         self._monotonic = monotonic
         self._rng = rng or random.Random(device)  # spread over the site, and the same at every start
         self._holds = Holds(store.layout.root, config.windows)
         self._hold: Hold | None = None  # as it was looked at last
         self._turn = asyncio.Lock()  # one thing at a time: run, install or roll-back
-        self._hands: Hands | None = None  # the worker at work, for an operator to interrupt
         self._source: Source | None = None
         self._ledger = Ledger(store, metrics, now, monotonic)
         self._models = self._ledger.models
         self._back = RollBack(store, serving, self._ledger, now)
         self._upkeep = Upkeep(store, serving, self._ledger, self._back, monotonic)
+        self._beside = Beside(config, serving, self._ledger, monotonic)
+        self._workshop = Workshop(config, device, store, engine or EngineConfig())
         self._known = _Known()
         self._retry = Backoff(config.interval_seconds, self._rng)
 
@@ -203,7 +198,7 @@ class Updater:
         try:
             if self._source is None:
                 # Only to look: members are the worker's.
-                access = msgspec.structs.replace(self._access(), blobs="")
+                access = msgspec.structs.replace(self._workshop.access(), blobs="")
                 self._source = await asyncio.to_thread(
                     open_source, self._config.source, self._config.timeout_seconds, access
                 )
@@ -224,7 +219,7 @@ class Updater:
     async def _check(self) -> None:
         """Let the worker read the repository, then follow it for every model."""
         try:
-            async with self._staging() as scratch, self._worker(scratch) as hands:
+            async with self._workshop.open() as (scratch, hands):
                 checked = await hands.ask(Check())
                 assert isinstance(checked, Checked)
                 self._trusted(checked)
@@ -274,7 +269,7 @@ class Updater:
                 return self._ledger.outcome(model, None, "shadow", text, candidate)
             if same:
                 return await self._promote(model)
-            await self._leave_shadow(model, Result.ABORTED, "superseded", f"{wanted.version} is wanted")
+            await self._beside.leave(model, Result.ABORTED, "superseded", f"{wanted.version} is wanted")
 
         self._ledger.move(model, Event.POLL)
         current = self._store.pointer(model)
@@ -314,7 +309,7 @@ class Updater:
             if not repair and (hold := await self._look_at_holds()) is not None:
                 raise _Held(f"{release.version} waits: {hold}", hold.kind)
             if share.beside and self._serving and not repair:
-                await self._begin_shadow(model, bundle, prepared, share.ab)
+                await self._beside.begin(model, bundle, prepared, share.ab)
             else:
                 await self._switch(model, bundle, prepared, Event.PASSED)
         return await self._end_of(attempt)
@@ -350,58 +345,6 @@ class Updater:
 
     # In the shadow
 
-    async def _begin_shadow(self, model: str, bundle: Bundle, prepared: Any, ab: Split | None) -> None:
-        """Let it run beside what answers: answering a share, or none."""
-        assert self._serving is not None
-        await self._ledger.step(model, Event.SHADOW)
-        if ab is None:
-            self._serving.shadow(prepared, self._config.shadow.share)
-        else:
-            self._serving.split(prepared, ab.share)
-        shadow = self._models[model].shadow = InShadow(bundle, prepared, self._monotonic(), ab)
-        logger.info("model %s: %s begins: %s", model, bundle.manifest.version, shadow.doing)
-
-    def _shadow_as_dict(self, model: str) -> dict[str, Any] | None:
-        shadow = self._models[model].shadow
-        if shadow is None or self._serving is None:
-            return None
-        if shadow.ab is not None:  # how both do is said where the models are
-            return {
-                "version": str(shadow.bundle.manifest.version),
-                "seconds": round(self._monotonic() - shadow.since, 1),
-                "share": shadow.ab.share,
-            }
-        report = self._serving.shadow_report(model)
-        return {
-            "version": str(shadow.bundle.manifest.version),
-            "seconds": round(self._monotonic() - shadow.since, 1),
-            "requests": report.requests,
-            "rows": report.rows,
-            "disagreeing_rows": report.disagreeing_rows,
-            "median_seconds": report.seconds,
-            "active_median_seconds": report.active_seconds,
-        }
-
-    def _judge_shadow(self, model: str, shadow: InShadow) -> tuple[Verdict, str, str]:
-        assert self._serving is not None
-        if shadow.ab is not None:
-            both = self._serving.split_report(model)
-            if both is None:
-                return Verdict.UNHEALTHY, "superseded", "what it ran beside was replaced"
-            its = both.candidate
-            tried = Tried(
-                self._monotonic() - shadow.since, sum(its.latencies), its.rows,
-                its.fallback_rows - its.late_rows, its.non_finite_rows, _answered(its),
-                _answered(both.active), both.ended,
-            )  # fmt: skip
-            return judge_split(self._config.probation, shadow.ab, tried)
-        report = self._serving.shadow_report(model)
-        seen = Shadowed(
-            self._monotonic() - shadow.since, report.requests, report.rows, report.disagreeing_rows,
-            report.seconds, report.active_seconds,
-        )  # fmt: skip
-        return judge_shadow(self._config.shadow, seen)
-
     async def _promote(self, model: str) -> UpdateOutcome:
         """What was in the shadow answers from now on, and is on probation."""
         tracked = self._models[model]
@@ -417,19 +360,6 @@ class Updater:
                 self._serving.end_split(model)  # not before: who got the candidate goes on getting it
         return await self._end_of(attempt)
 
-    async def _leave_shadow(self, model: str, result: Result, reason: str, message: str) -> UpdateOutcome:
-        """The candidate in the shadow is given up; what answers is not touched."""
-        tracked = self._models[model]
-        shadow, tracked.shadow = tracked.shadow, None
-        if self._serving:
-            await self._serving.end_shadow(model)
-            self._serving.end_split(model)
-            if shadow is not None:
-                self._serving.forget(shadow.prepared)
-        if result is Result.REJECTED and tracked.record.candidate is not None:
-            self._ledger.reject(model, tracked.record.candidate, reason, message)
-        return await self._ledger.finish(model, Event.FAIL, result, reason, message)
-
     # Probation
 
     async def _watch(self) -> None:
@@ -441,10 +371,10 @@ class Updater:
             if record.state is State.ROLLING_BACK:
                 self._known.outcome = await self._back.go_back(model)
             elif record.state is State.SHADOWING and tracked.shadow is not None:
-                verdict, reason, message = self._judge_shadow(model, tracked.shadow)
+                verdict, reason, message = self._beside.judge(model, tracked.shadow)
                 if verdict is Verdict.UNHEALTHY:
                     result = Result.ABORTED if reason == "superseded" else Result.REJECTED
-                    self._known.outcome = await self._leave_shadow(model, result, reason, message)
+                    self._known.outcome = await self._beside.leave(model, result, reason, message)
                 elif verdict is Verdict.HEALTHY and await self._look_at_holds() is None:
                     logger.info("model %s: in the shadow, %s", model, message)
                     self._known.outcome = await self._promote(model)
@@ -457,7 +387,7 @@ class Updater:
                     self._known.outcome = outcome
                 elif verdict is Verdict.AGAIN:
                     logger.info("model %s: %s; looking again", model, message)
-                    answered = _answered(self._serving.served(model))
+                    answered = Answered.of(self._serving.served(model))
                     tracked.begin(self._monotonic(), answered, tracked.look + 1)
                 elif verdict is Verdict.UNHEALTHY:
                     # Of a release that rotted on the disk nothing is known: it is repaired, not refused.
@@ -473,7 +403,7 @@ class Updater:
         served = self._serving.served(model) if status else None
         before = self._serving.served_before(model) if status else None
         tracked = self._models[model]
-        now = _answered(served) if served else None
+        now = Answered.of(served) if served else None
         if now is not None and tracked.answered_before is not None:
             now = now.since(tracked.answered_before)
         return Observed(
@@ -484,7 +414,7 @@ class Updater:
             right=status is not None and status.digest == candidate.digest,
             non_finite_rows=served.non_finite_rows if served else 0,
             now=now,
-            before=_answered(before) if before else None,
+            before=Answered.of(before) if before else None,
             look=tracked.look,
         )
 
@@ -509,13 +439,13 @@ class Updater:
         Where the device follows a repository that names another release of the model, the next check goes
         back to that one.
         """
-        self._interrupt()
+        self._workshop.interrupt()
         async with self._turn:
             await self._watch()
             release: Release | None = None
             model = None
             try:
-                async with self._staging() as scratch, self._worker(scratch) as hands:
+                async with self._workshop.open() as (scratch, hands):
                     staged = scratch / "bundle"
                     limit = self._config.max_bundle_bytes
                     bundle = await asyncio.to_thread(stage_local, path, staged, limit)
@@ -547,7 +477,7 @@ class Updater:
         if tracked.record.state is State.PROBATION:
             await self._abandon(model, "an operator installs another release")
         elif tracked.record.state is State.SHADOWING:
-            await self._leave_shadow(model, Result.ABORTED, "operator", "an operator installs a release")
+            await self._beside.leave(model, Result.ABORTED, "operator", "an operator installs a release")
         async with self._attempt(model, release) as attempt:
             tracked.record = tracked.record.forgiving(release.digest)
             await self._begin(model, Event.INSTALL, release, rollout="")
@@ -574,12 +504,12 @@ class Updater:
             UnknownModel: the store holds no such model.
         """
         name = self._named(model)
-        self._interrupt()
+        self._workshop.interrupt()
         async with self._turn:
             tracked = await self._ledger.track(name)
             current = self._store.pointer(name)
             if tracked.record.state is State.SHADOWING:
-                await self._leave_shadow(name, Result.ABORTED, "operator", "an operator rolls back")
+                await self._beside.leave(name, Result.ABORTED, "operator", "an operator rolls back")
             release = await asyncio.to_thread(self._release_of, name, tracked.record, current)
             if tracked.record.state in RESTING or tracked.record.state is State.PROBATION:
                 try:
@@ -654,7 +584,7 @@ class Updater:
             if known.trouble
             else None,
             "models": {
-                model: {**tracked.as_dict(), "shadow": self._shadow_as_dict(model)}
+                model: {**tracked.as_dict(), "shadow": self._beside.as_dict(model)}
                 for model, tracked in sorted(self._models.items())
             },
         }
@@ -831,50 +761,6 @@ class Updater:
                     self._ledger.count(model, result, reason, None)
         self._known.trouble = UpdateOutcome(state=State.IDLE, result=result, reason=reason, message=message)
 
-    @contextlib.asynccontextmanager
-    async def _staging(self) -> AsyncIterator[Path]:
-        stack = contextlib.ExitStack()
-        folder = await asyncio.to_thread(stack.enter_context, self._store.staging())
-        try:
-            yield folder
-        finally:
-            await asyncio.to_thread(stack.close)
-
-    @contextlib.asynccontextmanager
-    async def _worker(self, scratch: Path) -> AsyncIterator[Hands]:
-        layout = self._store.layout
-        setup = Setup(
-            device=self._device, source=self._config.source, root=self._config.root,
-            models=self._config.models, tuf=str(layout.tuf), partial=str(layout.partial),
-            scratch=str(scratch), timeout=self._config.timeout_seconds, engine=self._engine,
-            access=self._access(), blobs=str(layout.blobs),
-        )  # fmt: skip
-        worker = (
-            this_process(setup, self._store.disk)
-            if self._config.in_process
-            # Its own waits end first, with a better message; this is for one that hangs.
-            else child_process(setup, silence_seconds=self._config.timeout_seconds + _GRACE_SECONDS)
-        )
-        async with worker as hands:
-            self._hands = hands
-            try:
-                yield hands
-            finally:
-                self._hands = None
-
-    def _access(self) -> Access:
-        config = self._config
-        return Access(
-            config.blobs, config.proxy, config.ca_file, config.client_certificate, config.client_key,
-            cache=str(self._store.layout.root / _GIT_COPY), cache_bytes=config.max_bundle_bytes + _GIT_BESIDE,
-            credentials=config.credentials_file,
-        )  # fmt: skip
-
-    def _interrupt(self) -> None:
-        """An operator's command does not wait for a download."""
-        if self._hands is not None:
-            self._hands.abort()
-
     def _named(self, model: str | None) -> str:
         known = self._store.models()
         if model is None:
@@ -924,10 +810,3 @@ _TRY_AGAIN: Final = frozenset(
         Result.ABORTED,
     }
 )
-
-
-def _answered(served: ServedRows) -> Answered:
-    by_model = max(served.rows - served.fallback_rows, 0)
-    return Answered(
-        by_model, served.failed_rows, tuple(served.latencies), tuple(served.scores), served.late_rows
-    )
