@@ -268,8 +268,9 @@ def from_mapping(content: Any, where: str) -> Config:
     try:
         config = msgspec.convert(content, Config)
     except msgspec.ValidationError as error:
-        message = str(error).replace("`$.", "`")
-        raise ConfigError(f"{where}: {message}") from error
+        what, _, key = str(error).partition(" - at `$.")
+        said = f"{key.rstrip('`')}: {what[:1].lower()}{what[1:]}" if key else what
+        raise ConfigError(f"{where}: {said}; correct it") from error
     _check(config, where)
     return config
 

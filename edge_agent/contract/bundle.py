@@ -80,13 +80,18 @@ class Bundle:
         """Prove every member's size and digest.
 
         Args:
-            called: what the person knows the bundle as, where that is not its folder.
+            called: what the person who gave it knows the bundle as.
 
         Raises:
             BadBundle: a member is missing, truncated or altered; says which, expected and got.
         """
-        for name in sorted(self.manifest.members):
-            self.verify_member(name, called)
+        try:
+            for name in sorted(self.manifest.members):
+                self.verify_member(name, called)
+        except BadBundle as error:
+            if called is None:
+                raise
+            raise BadBundle(f"{error}; it is damaged, copy it again") from error
 
     def verify_member(self, name: str, called: Path | None = None) -> None:
         """Prove one member's size and digest without holding it in memory.
@@ -188,9 +193,11 @@ def unpack(source: Path, folder: Path) -> Bundle:
                 with (folder / info.name).open("wb") as out:
                     shutil.copyfileobj(content, out)
     except (tarfile.TarError, EOFError) as error:
-        raise BadBundle(f"{source} is not a bundle: {error}") from error
+        cut = "unexpected end" in str(error)
+        advice = "it was cut off, copy it again" if cut else "give a bundle folder or .tar"
+        raise BadBundle(f"{source} is not a bundle: {error}; {advice}") from error
     if manifests.FILE_NAME not in names:
-        raise BadBundle(f"{source} is not a bundle: it holds no {manifests.FILE_NAME}")
+        raise BadBundle(f"{source} is not a bundle: it holds no {manifests.FILE_NAME}; give one that does")
     bundle = open_bundle(folder)
     if missing := bundle.manifest.members.keys() - names:
         raise BadBundle(f"{source}: member {sorted(missing)[0]} is missing: the file is truncated or altered")

@@ -150,7 +150,10 @@ class Routes:
             if exchange.refusal is not None:
                 self._refuse(exchange, exchange.refusal)
             elif route is None:
-                self._refuse(exchange, Refusal(404, f"no such path: {quoted(exchange.target)}"))
+                self._refuse(
+                    exchange,
+                    Refusal(404, f"no such path: {quoted(exchange.target)}; /docs has those there are"),
+                )
             elif route.admin and not exchange.connection.admin:
                 message = f"{quoted(exchange.target)} is answered only on the control socket of the store"
                 self._refuse(exchange, Refusal(403, message))

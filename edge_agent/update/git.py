@@ -143,6 +143,7 @@ class GitSource:
     def _fetch(self, branch: str, commit: str) -> None:
         if commit == self._refused:  # it would be as large again, every few seconds
             raise SourceFailed(f"{self._url}: {commit[:12]} is too large", reason="too_large")
+        free = self._limit
         try:
             if self._copied() > self._limit:
                 shutil.rmtree(self._cache, ignore_errors=True)

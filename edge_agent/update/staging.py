@@ -38,13 +38,16 @@ def stage_local(source: Path, folder: Path, max_bytes: int) -> Bundle:
             raise BadBundle(
                 f"{source} cannot be read: {error.strerror}; give a bundle folder or .tar"
             ) from error
-    bundle = open_bundle(source)
+    try:
+        bundle = open_bundle(source)
+    except BadBundle as error:
+        raise BadBundle(f"{error}; give a bundle folder or .tar") from error
     if bundle.manifest.size > max_bytes:
         raise UpdateRejected(
             f"{source}: {bundle.manifest.size} bytes, updates.max_bundle_bytes allows {max_bytes}",
             reason="too_large",
         )
-    bundle.verify()
+    bundle.verify(source)
     with explained("copy to", folder):
         for name in (manifests.FILE_NAME, *bundle.manifest.members):
             shutil.copyfile(source / name, folder / name)

@@ -765,7 +765,11 @@ class Updater:
         known = self._store.models()
         if model is None:
             if len(known) != 1:
-                raise InvalidInput(f"name the model: the store holds {', '.join(known) or 'none'}")
+                raise InvalidInput(
+                    f"name the model: the store holds {', '.join(known)}"
+                    if known
+                    else "the store holds no model; install one first"
+                )
             return known[0]
         if model not in known:
             raise UnknownModel(f"no model {model[:80]!r} in the store, it holds {', '.join(known) or 'none'}")

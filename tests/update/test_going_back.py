@@ -430,7 +430,7 @@ def test_a_roll_back_with_nowhere_to_go_changes_nothing(device: Device, publishe
 
 
 def test_a_roll_back_must_name_the_model_where_there_is_none(device: Device) -> None:
-    with pytest.raises(InvalidInput, match="name the model"):
+    with pytest.raises(InvalidInput, match="the store holds no model; install one first"):
         asyncio.run(device.updater.roll_back(None))
 
 
