@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         verbs, "serve", _serve, "Serve repository/ over HTTP, and keep its timestamp fresh.", json=False
     )
     sub.add_argument("--host", default="127.0.0.1")
-    sub.add_argument("--port", type=int, default=8090, help="0: any free port")
+    sub.add_argument("--port", type=_port, default=8090, help="0: any free port")
 
     sub = verb(verbs, "simulate", _simulate, "A whole good and a whole bad roll-out on simulated devices.")
     sub.add_argument("--devices", type=int, default=20, metavar="N")
@@ -184,6 +184,12 @@ def _init(arguments: argparse.Namespace) -> int:
     value = {"fleet": str(fleet.folder.root), "root": str(root), "keys": str(fleet.folder.keys)}
     _say(arguments, text, value)
     return 0
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r}: expected a port, 0 to 65535")
+    return int(text)
 
 
 def _publish(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from edge_agent.contract.assignments import Assignments, Candidate, ModelAssignment, Release
-from edge_agent.contract.bundle import Bundle, open_bundle, unpack
+from edge_agent.contract.bundle import Bundle, open_given, unpack_given
 
 
 @contextlib.contextmanager
@@ -24,13 +24,13 @@ def opened(path: Path) -> Iterator[Bundle]:
     Raises:
         BadBundle: not a bundle.
         BadManifest: its manifest is wrong.
-        OSError: it cannot be read.
+        OSError: there is no room to unpack it.
     """
     if path.is_dir():
-        yield open_bundle(path)
+        yield open_given(path)
         return
     with tempfile.TemporaryDirectory(prefix="edge-fleet-") as folder:
-        yield unpack(path, Path(folder))
+        yield unpack_given(path, Path(folder))
 
 
 def stable(document: Assignments, model: str) -> Release | None:

@@ -133,6 +133,35 @@ def open_bundle(path: Path) -> Bundle:
     return Bundle(path, manifests.parse(data), Digest.of_bytes(data))
 
 
+def open_given(path: Path) -> Bundle:
+    """A bundle folder that a person names, every byte of it proven; what is wrong comes with what to do.
+
+    Raises:
+        BadBundle: there is no manifest there, or a member is missing or altered.
+        BadManifest: the manifest is wrong.
+    """
+    try:
+        bundle = open_bundle(path)
+    except BadBundle as error:
+        raise BadBundle(f"{error}; give a bundle folder or .tar") from error
+    bundle.verify(path)
+    return bundle
+
+
+def unpack_given(path: Path, folder: Path) -> Bundle:
+    """A ``.tar`` bundle that a person names, in an existing empty folder, verified.
+
+    Raises:
+        BadBundle, BadManifest: as ``unpack``; also that it cannot be read.
+        OSError: the folder cannot be written.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise BadBundle(f"{path} cannot be read: {error.strerror}; give a bundle folder or .tar") from error
+    return unpack(path, folder)
+
+
 def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
     """Write members and manifest into an existing empty folder; ``manifest.members`` is filled in here.
 

@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 from edge_agent.contract import manifest as manifests
-from edge_agent.contract.bundle import Bundle, open_bundle, unpack
-from edge_agent.contract.errors import BadBundle
+from edge_agent.contract.bundle import Bundle, open_bundle, open_given, unpack_given
 from edge_agent.errors import UpdateRejected
 from edge_agent.store.fs import explained
 
@@ -32,22 +31,14 @@ def stage_local(source: Path, folder: Path, max_bytes: int) -> Bundle:
     """
     make_folder(folder)
     if not source.is_dir():
-        try:
-            return unpack(source, folder)
-        except OSError as error:
-            raise BadBundle(
-                f"{source} cannot be read: {error.strerror}; give a bundle folder or .tar"
-            ) from error
-    try:
-        bundle = open_bundle(source)
-    except BadBundle as error:
-        raise BadBundle(f"{error}; give a bundle folder or .tar") from error
+        with explained("unpack into", folder):
+            return unpack_given(source, folder)
+    bundle = open_given(source)
     if bundle.manifest.size > max_bytes:
         raise UpdateRejected(
             f"{source}: {bundle.manifest.size} bytes, updates.max_bundle_bytes allows {max_bytes}",
             reason="too_large",
         )
-    bundle.verify(source)
     with explained("copy to", folder):
         for name in (manifests.FILE_NAME, *bundle.manifest.members):
             shutil.copyfile(source / name, folder / name)

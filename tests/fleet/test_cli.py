@@ -215,3 +215,29 @@ def test_a_simulation_that_makes_no_sense_is_refused(
 ) -> None:
     code, _, err = run(capsys, "simulate", *arguments)
     assert (code, message in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("nothing", "nothing cannot be read: No such file or directory; give a bundle folder or .tar"),
+        (".", "manifest.json: No such file or directory; give a bundle folder or .tar"),
+        ("damaged", "; it is damaged, copy it again"),
+    ],
+)
+def test_what_is_no_bundle_is_not_published_and_said_in_one_line(
+    plant: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, said: str
+) -> None:
+    member = sorted(bundle(tmp_path / "damaged", "1.0.0").manifest.members)[0]
+    (tmp_path / "damaged" / member).write_bytes(b"1")
+    code, _, err = run(capsys, "-C", plant, "publish", tmp_path / given)
+    assert (code, err.count("\n")) == (1, 1)
+    assert said in err
+    assert not list((plant / "repository" / "targets").rglob("releases/*/*"))
+
+
+def test_a_port_that_is_none_is_a_mistake_of_usage(plant: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["-C", str(plant), "serve", "--port", "99999"])
+    assert caught.value.code == 2
+    assert "'99999': expected a port, 0 to 65535" in capsys.readouterr().err

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -307,3 +308,17 @@ def test_updates_are_held_and_released_by_hand(agent, running):
     done = run_cli("edge-agent", "hold", "--release", "--json", "--config", agent.config)
     assert json.loads(done.stdout)["held"] is False
     assert not (agent.store / "hold").exists()
+
+
+def test_a_disk_without_room_is_named_and_nothing_stays_behind(agent, tmp_path, bundle):
+    """What a full disk does to a write, a limit on the size of files does, too."""
+    pack(bundle, tmp_path / "b.tar")
+    done = run_cli(
+        "edge-agent", "install", tmp_path / "b.tar", "--config", agent.config,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "failed_no_state_change: cannot unpack into " in done.stderr + done.stdout
+    assert "File too large; check the store's file system" in done.stderr + done.stdout
+    status = json.loads(run_cli("edge-agent", "status", "--config", agent.config, "--json").stdout)
+    assert status["models"] == []
