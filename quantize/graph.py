@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import onnx
+
+_WORTH_SHARING: Final = 256  # bytes
 
 # What is missing in their input is missing in their output.
 _KEEPS_MISSING: Final = ("Identity", "Cast", "Scaler", "Add", "Sub", "Mul", "Div")
@@ -88,15 +91,19 @@ def imputes(graph: onnx.GraphProto, tensor: str) -> bool:
 
 def rename_reads(graph: onnx.GraphProto, old: str, new: str) -> None:
     """Whoever reads ``old`` reads ``new``; outputs of the graph keep their names."""
+    _rename_all(graph, {old: new})
+
+
+def _rename_all(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     for node in graph.node:
         for index, name in enumerate(node.input):
-            if name == old:
-                node.input[index] = new
+            if name in names:
+                node.input[index] = names[name]
         for subgraph in subgraphs(node):
-            rename_reads(subgraph, old, new)
+            _rename_all(subgraph, names)
             for value in subgraph.output:
-                if value.name == old:
-                    value.name = new
+                if value.name in names:
+                    value.name = names[value.name]
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:
@@ -106,6 +113,25 @@ def drop_unused(graph: onnx.GraphProto) -> None:
     if len(kept) < len(graph.initializer):
         del graph.initializer[:]
         graph.initializer.extend(kept)
+
+
+def share_equal(graph: onnx.GraphProto) -> None:
+    """Keep weights that are alike once: a recurrent net unrolled over time reads one matrix in every step."""
+    outputs = {value.name for value in graph.output}
+    first: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    again: dict[str, str] = {}
+    for tensor in graph.initializer:
+        if len(tensor.raw_data) >= _WORTH_SHARING and tensor.name not in outputs:
+            content = hashlib.sha256(tensor.raw_data).digest()
+            name = first.setdefault((tensor.data_type, tuple(tensor.dims), content), tensor.name)
+            if name != tensor.name:
+                again[tensor.name] = name
+    if not again:
+        return
+    _rename_all(graph, again)
+    kept = [tensor for tensor in graph.initializer if tensor.name not in again]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def unique(graph: onnx.GraphProto, name: str) -> str:

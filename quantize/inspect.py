@@ -24,6 +24,8 @@ from quantize.normalise import NormalForm, normalise
 
 # Sizes for dimensions that vary: of a small and a usual image, of a window of audio, of short sequences.
 _GUESSES: Final = (64, 224, 512, 16, 1)
+_WIDTHS_TRIED: Final = 8
+_WIDEST: Final = 1 << 12
 _ROWS: Final = 16
 _SEED: Final = 7
 _INTEGERS_BELOW: Final = 2  # smaller than any table that integer inputs may look up
@@ -64,8 +66,10 @@ def facts_of(path: Path, settings: Mapping[str, float], *, trust: bool = False) 
     facts["notes"] = list(model.notes)
     facts["model_inputs"] = [_input(entry) for entry in model.inputs]
     normal = _normal_form(model)
-    if normal is None:
-        facts["notes"].append("does not run on random rows: real ones will show what can be done")
+    if isinstance(normal, QuantizeError):
+        facts["notes"].append(
+            f"nothing came out on random rows ({normal}): real ones will show what can be done"
+        )
         return facts
     facts["passes"] = [str(step) for step in normal.passes]
     facts["fixed_batch"] = normal.fixed_batch
@@ -147,10 +151,15 @@ def _subgraphs(proto: onnx.ModelProto) -> list[dict[str, Any]]:
     return found
 
 
-def _normal_form(model: FloatModel) -> NormalForm | None:
-    """The normal form on random rows of the first size that the model takes."""
+def _normal_form(model: FloatModel) -> NormalForm | QuantizeError:
+    """The normal form on random rows of the first size that the model takes, or why it takes none."""
     random = np.random.default_rng(_SEED)
-    for guess in _GUESSES:
+    varies = any(size < 0 for entry in model.inputs for size in entry.shape[1:])
+    sizes = Counter(size for tensor in model.proto.graph.initializer for size in tensor.dims)
+    # A width that is not written anywhere is one of those of the weights.
+    widths = [size for size, _ in sizes.most_common() if 1 < size <= _WIDEST]
+    refused: QuantizeError | None = None
+    for guess in (*_GUESSES, *widths[:_WIDTHS_TRIED]) if varies else _GUESSES[:1]:
         inputs = {}
         for entry in model.inputs:
             shape = (max(_ROWS, entry.shape[0]), *(size if size > 0 else guess for size in entry.shape[1:]))
@@ -160,9 +169,10 @@ def _normal_form(model: FloatModel) -> NormalForm | None:
                 inputs[entry.name] = random.integers(0, _INTEGERS_BELOW, shape).astype(entry.dtype)
         try:
             return normalise(model, inputs)
-        except QuantizeError:
-            continue
-    return None
+        except QuantizeError as error:
+            refused = refused or error
+    assert refused is not None
+    return refused
 
 
 def _int8(proto: onnx.ModelProto) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_agent.contract.bundle import ROWS_APART, ROWS_KEY
 from quantize.calibrate import Range
 from quantize.compare import Comparison
+from quantize.graph import share_equal
 from quantize.prepare import drop_unused
 from quantize.weights import array_of, check
 
@@ -366,6 +367,7 @@ def write_int8(proto: onnx.ModelProto, plan: Plan, recipe: Recipe) -> onnx.Model
     result = onnx.ModelProto()
     result.CopyFrom(proto)
     microsoft = write_graph(result.graph, plan, recipe)
+    share_equal(result.graph)
     if microsoft and not any(entry.domain == MICROSOFT for entry in result.opset_import):
         result.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     if recipe.count(Mode.DYNAMIC):

@@ -18,10 +18,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_agent.contract import bundle
 from quantize import compare, runtime
+from quantize.calibrate import calibrate
 from quantize.cli import main
+from quantize.config import Impute, PrepareConfig
 from quantize.inspect import facts_of, text_of
-from quantize.load import load_model
+from quantize.int8 import plan_of, static_recipe, write_int8
+from quantize.load import load_model, load_rows
 from quantize.normalise import normalise
+from quantize.prepare import prepare
 from quantize.verify import verify_bundle
 from tests.quantize import models
 from tests.quantize.models import quantize_fast as quantize
@@ -172,6 +176,35 @@ def test_tables_that_are_made_in_the_graph_do_not_become_weights(tmp_path):
     assert any(node.op_type == "Sin" for node in normal.proto.graph.node)
 
 
+def test_a_matrix_that_many_layers_read_is_in_the_file_once(tmp_path):
+    """A recurrent net unrolled over time: forty steps with the same weights."""
+    random = np.random.default_rng(0)
+    weights = {
+        "W": (random.standard_normal((64, 64)) / 8).astype(np.float32),
+        "b": np.zeros(64, np.float32),
+        **{
+            f"{name}2": values
+            for name, values in zip(("W", "b"), models.dense([64, 64]).values(), strict=True)
+        },
+    }
+    nodes, tensor = [], "x"
+    for step in range(40):
+        nodes.append(helper.make_node("Gemm", [tensor, "W", "b"], [f"g{step}"]))
+        nodes.append(helper.make_node("Tanh", [f"g{step}"], [f"t{step}"]))
+        tensor = f"t{step}"
+    nodes.append(helper.make_node("Gemm", [tensor, "W2", "b2"], ["y"]))
+    inputs = [("x", TensorProto.FLOAT, ["N", 64])]
+    path = models.save(tmp_path / "m.onnx", nodes, weights, inputs, [("y", ["N", 64])])
+    data = load_rows(table(tmp_path / "rows.npz", width=64), load_model(path).inputs)
+    model = prepare(load_model(path), data, PrepareConfig(impute=Impute.NONE))
+    plan = plan_of(model.proto)
+    written = write_int8(
+        model.proto, plan, static_recipe(plan, calibrate(model, plan.watched, data).ranges())
+    )
+    matrices = [list(tensor.dims) for tensor in written.graph.initializer if len(tensor.dims) == 2]
+    assert matrices == [[64, 64], [64, 64]]
+
+
 @pytest.mark.parametrize(
     ("dims", "axis"),
     [([WIDTH, "N"], 1), (["steps", "batch_size", 4], 1), ([1, "points", 3], 0), (["N", "batches_no", 2], 1)],
@@ -285,6 +318,21 @@ def two_numbers(model: onnx.ModelProto) -> None:
 
 def no_dimensions(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.ClearField("shape")
+
+
+def test_inspect_says_why_nothing_came_out_on_random_rows(tmp_path):
+    model = dense_graph()
+    noise(model)
+    assert "draws random numbers (RandomNormalLike)" in text_of(
+        facts_of(saved(tmp_path / "m.onnx", model), {})
+    )
+
+
+def test_inspect_finds_a_width_that_only_the_weights_know(tmp_path):
+    model = dense_graph()
+    model.graph.input[0].type.tensor_type.shape.dim[1].Clear()
+    int8 = facts_of(saved(tmp_path / "m.onnx", model), {})["int8"]
+    assert int8["layers"] == {"Gemm": 2}
 
 
 @pytest.mark.parametrize(
