@@ -118,6 +118,7 @@ def load_model(
     proto, digest, size = read_model(path, trust=trust)
     notes = [f"converted from {path.suffix} to ONNX"] if path.suffix in _CONVERTED else []
     _refuse(path, proto)
+    _no_empty_dimensions(proto.graph)
     if folder is not None:
         proto = WeightFile(folder).take(proto)
     original = onnx.ModelProto()
@@ -261,6 +262,14 @@ def _refuse(path: Path, proto: onnx.ModelProto) -> None:
 
 
 # -- doors ------------------------------------------------------------------------------------------------
+
+
+def _no_empty_dimensions(graph: onnx.GraphProto) -> None:
+    """Some exporters write 0 or -1 where a size varies, which onnxruntime takes at its word."""
+    for value in graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_value") and dim.dim_value <= 0:
+                dim.Clear()
 
 
 def _complete(proto: onnx.ModelProto, session: runtime.Session) -> None:
@@ -487,6 +496,13 @@ def _inputs_of(path: Path, proto: onnx.ModelProto) -> tuple[Input, ...]:
         found.append(Input(value.name, dtype, shape))
     if not found:
         raise BadModel(f"model {path} has no inputs")
+    sizes = {entry.name: entry.shape[0] for entry in found if entry.shape and entry.shape[0] > 0}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise BadModel(
+            f"model {path}: its inputs have different numbers of rows ({listed}): every input needs one for "
+            "each row of the data, or a value with --set"
+        )
     if single:
         raise BadModel(
             f"model {path}: {'inputs' if len(single) > 1 else 'input'} {', '.join(map(repr, single))} "

@@ -298,13 +298,6 @@ def _free_batch(proto: onnx.ModelProto, model: FloatModel, inputs: Mapping[str, 
     except BadModel as error:
         # A batch that varies on paper only: rows one at a time, which every graph takes.
         fixed = max(fixed, 1)
-        sizes = {entry.name: entry.shape[0] for entry in model.inputs if entry.shape[0] > 0}
-        if len(set(sizes.values())) > 1:
-            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise BadModel(
-                f"the inputs have different numbers of rows ({listed}) and the model takes no others: "
-                "every input needs a row for each row of the data, or a value with --set"
-            ) from error
         rows = len(next(iter(inputs.values())))
         if rows < fixed:
             raise BadData(f"{rows} calibration rows, the model takes {fixed} at a time") from error

@@ -134,6 +134,14 @@ def test_a_table_without_a_fixed_width_gets_no_missing_values_in_its_golden_vect
     assert quantize(saved(tmp_path / "m.onnx", model), table(tmp_path / "rows.npz"), tmp_path / "out") == 0
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_size_of_nothing_is_one_that_varies(tmp_path, size):
+    model = dense_graph()
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = size
+    assert quantize(saved(tmp_path / "m.onnx", model), table(tmp_path / "rows.npz"), tmp_path / "out") == 0
+
+
 def test_nodes_in_any_order_are_put_in_order(tmp_path):
     model = dense_graph()
     nodes = list(model.graph.node)[::-1]
