@@ -236,6 +236,17 @@ def test_the_batch_is_where_its_name_says(tmp_path, dims, axis):
     )
 
 
+def test_an_output_of_steps_before_the_batch_is_turned_round(tmp_path):
+    graph = helper.make_graph(
+        [helper.make_node("Transpose", ["x"], ["y"], perm=[1, 0, 2])],
+        "test",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", "time", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["time", "rows", 4])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    assert dict(load_model(saved(tmp_path / "m.onnx", model)).batch_axis) == {"y": 1}
+
+
 def test_one_number_for_all_rows_is_dropped_beside_other_outputs(tmp_path):
     model = dense_graph(helper.make_node("ReduceMean", ["y"], ["mean"], keepdims=0))
     model.graph.output.append(helper.make_tensor_value_info("mean", TensorProto.FLOAT, []))
