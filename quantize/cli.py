@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QuantizeError as error:
         sys.stderr.write(f"quantize-model: {error}\n")
         return 1
+    except BrokenPipeError:  # of stdout: whoever read it has seen enough
+        raise
     except Exception as error:
         # A model or data that nobody thought of: our fault, but the command keeps its promises.
         if os.environ.get("EDGE_TRACEBACK"):
@@ -149,6 +152,16 @@ def _config(arguments: argparse.Namespace) -> QuantizeConfig:
 
 def _check_usage(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """What argparse cannot say: each command has arguments of its own."""
+    asked = [name for name in ("inspect", "compare", "verify") if getattr(arguments, name)]
+    if len(asked) > 1:
+        parser.error(f"--{asked[0]} and --{asked[1]} are commands of their own: give one of them")
+    for path in (arguments.model, arguments.calibration, arguments.validation):
+        if path is not None and not _is_text(path.name):
+            parser.error(f"{path!a}: its name is not UTF-8, and it goes into the report: rename it")
+    if arguments.out is not None and not _is_text(str(arguments.out.absolute())):
+        parser.error(f"argument --out: {arguments.out!a} is not UTF-8, which onnxruntime needs")
+    if arguments.emulate and not os.access(arguments.emulate, os.X_OK):
+        parser.error(f"argument --emulate: {arguments.emulate} is no program that can be run")
     other = arguments.compare or arguments.verify
     if arguments.model is None and not other:
         parser.error("the following arguments are required: MODEL")
@@ -195,14 +208,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--scale",
-        type=_checked(Scale),
+        type=_one_of(Scale),
         default=Scale.NONE,
         metavar="|".join(Scale),
         help="how raw numbers are scaled before the model (default: none)",
     )
     add(
         "--score",
-        type=_checked(Score),
+        type=_one_of(Score),
         default=Score.AUTO,
         metavar="|".join(Score),
         help="mse, mae, weighted: reconstruction error; softmax, argmax: classes; none: the model's "
@@ -219,21 +232,21 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("how accurate, how small").add_argument
     add(
         "--metric",
-        type=_checked(Metric),
+        type=_one_of(Metric),
         default=Metric.AUTO,
         metavar="|".join(Metric),
         help="what the budget is about (default: auc where there are labels, else sqnr or 99 %% agreement)",
     )
     add(
         "--max-drop",
-        type=float,
+        type=_checked(Budget.parse_drop),
         default=Budget.max_auc_drop,
         metavar="DROP",
         help="how far a metric of labelled rows may fall (default: 0.01)",
     )
     add(
         "--min-sqnr",
-        type=float,
+        type=_checked(Budget.parse_sqnr),
         default=Budget.min_sqnr,
         metavar="DB",
         help="least signal to quantization noise without labels (default: 25)",
@@ -253,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--target",
-        type=_checked(Target),
+        type=_one_of(Target),
         default=Target.GENERIC_ARM64,
         metavar="|".join(Target),
         help="the processor that it must not be slower on than FP32 (default: generic-arm64)",
@@ -279,6 +292,26 @@ def _setting(text: str) -> tuple[str, float]:
     if not name or not abs(number) < float("inf"):
         raise ValueError(f"set {text!r}: expected INPUT=VALUE with a number, such as sr=16000")
     return name, number
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file name that Python was given as bytes is UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _one_of(kind: type[StrEnum]) -> Callable[[str], Any]:
+    """A converter to one of a few words."""
+
+    def chosen(text: str) -> StrEnum:
+        if text not in list(kind):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {', '.join(kind)}")
+        return kind(text)
+
+    return chosen
 
 
 def _checked(convert: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -130,6 +130,34 @@ class Budget:
     min_agreement: float = 0.99
     max_auc_drop: float = 0.01
 
+    @staticmethod
+    def parse_drop(text: str) -> float:
+        """Read how far a metric may fall: 0 to 1.
+
+        Raises:
+            ValueError: another number, or none; says what is expected.
+        """
+        return _between(text, 0.0, 1.0, "a number from 0 to 1, such as 0.01")
+
+    @staticmethod
+    def parse_sqnr(text: str) -> float:
+        """Read an SQNR in dB.
+
+        Raises:
+            ValueError: no finite number; says what is expected.
+        """
+        return _between(text, -200.0, 200.0, "decibels, such as 25")
+
+
+def _between(text: str, low: float, high: float, expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:
+        raise ValueError(f"{text!r}: expected {expected}")
+    return value
+
 
 class Target(StrEnum):
     """The processor the bundle is for."""

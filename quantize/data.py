@@ -40,6 +40,7 @@ _CSV_CELLS: Final = 1 << 17  # parsed at a time: text, pieces of it and numbers 
 _DRAW_SEED: Final = 11
 _LABELS: Final = ("y", "label")
 _SHOWN: Final = 8  # names in a message
+_SEPARATORS: Final = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _UNITLESS: Final = ("", "1", "-", "%")
 _EMPTY_CELL: Final = re.compile(r"(^|,)[ \t]*(?=,|$)", re.MULTILINE)
 
@@ -96,7 +97,13 @@ def load_data(
     good = good_rows(load_rows(calibration, inputs))
     if validation is None:
         return good, None
-    return good, both_classes(_same_columns(good, load_rows(validation, inputs)))
+    held_out = load_rows(validation, inputs)
+    if held_out.digest == good.digest:
+        raise BadData(
+            f"--validation {validation} holds the rows of --calibration, expected rows of its own: "
+            "leave it out, then a part of the calibration rows judges"
+        )
+    return good, both_classes(_same_columns(good, held_out))
 
 
 def load_rows(path: Path, inputs: Sequence[Input], *, sample_bytes: int = SAMPLE_BYTES) -> Rows:
@@ -141,7 +148,9 @@ def load_rows(path: Path, inputs: Sequence[Input], *, sample_bytes: int = SAMPLE
             units = _units(path, arrays.get("units"), width)
     except OSError as error:
         raise BadData(f"data {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise BadData(f"data {path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, csv.Error) as error:
         raise BadData(f"data {path} cannot be read: {runtime.one_line(error)}") from error
     return Rows(
         source=path.name,
@@ -285,6 +294,7 @@ def _open_csv(path: Path) -> dict[str, _Array]:
         if first is None:
             raise BadData(f"data {path} is empty, expected a header and rows")
         header = [name.strip() for name in next(csv.reader([first]))]
+        _check_header(path, header)
         units = None
         second = next(lines, None)
         if second is not None:
@@ -307,6 +317,21 @@ def _open_csv(path: Path) -> dict[str, _Array]:
     if labels is not None:
         arrays["y"] = _columns("y", table, [labels])
     return arrays
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    """Refuse what reads as a header but is none: other separators, and the first row of numbers."""
+    if len(header) == 1:
+        found = next((name for mark, name in _SEPARATORS.items() if mark in header[0]), None)
+        if found:
+            raise BadData(
+                f"data {path}: its columns are separated by {found}, expected commas (and points in numbers)"
+            )
+    counted = ([str(first + place) for place in range(len(header))] for first in (0, 1))
+    if all(_is_number(name) for name in header) and header not in counted:
+        raise BadData(
+            f"data {path} begins with a row of numbers, expected a header of feature names: add one"
+        )
 
 
 def _spill(path: Path, lines: Iterator[str], header: list[str]) -> np.ndarray:
@@ -367,7 +392,8 @@ def _parse(path: Path, lines: list[str], header: list[str], before: int) -> np.n
                 table[row, column] = float(cell) if cell.strip() else np.nan
             except ValueError as error:
                 raise BadData(
-                    f"data {path}: row {place}, column {header[column]!r}: {cell[:40]!r} is not a number"
+                    f"data {path}: row {place}, column {header[column]!r}: {cell[:40]!r} is not a number "
+                    "(an empty cell is a missing value)"
                 ) from error
     return table
 

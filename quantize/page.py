@@ -8,7 +8,9 @@ and no meaning hangs on colour alone.
 # ruff: noqa: E501 - markup reads better unbroken
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final
@@ -23,6 +25,7 @@ _TOP: Final = 28
 _BOTTOM: Final = 44
 _BAR: Final = 22
 _MOST_BARS: Final = 60
+_LONGEST: Final = 28  # characters of a name beside its bar
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d5dae0;
@@ -39,12 +42,16 @@ th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(-
 th:first-child, td:first-child, td.text, th.text { text-align: left; } thead th { color: var(--soft);
   font-weight: 600; } .wide { overflow-x: auto; }
 .note { background: var(--card); border-left: .3rem solid var(--two); padding: .5rem .9rem; margin: .8rem 0; }
-svg { display: block; width: 100%; height: auto; max-width: 48rem; } svg text { fill: var(--ink); font-size: 13px; }
+.plot { overflow-x: auto; }
+svg { display: block; width: 100%; height: auto; min-width: 36rem; max-width: 48rem; } svg text { fill: var(--ink); font-size: 13px; }
 svg .soft { fill: var(--soft); } .axis { stroke: var(--soft); } .grid { stroke: var(--line); }
 .one { fill: var(--one); } .two { fill: var(--two); } .path { fill: none; stroke: var(--one); stroke-width: 2; }
 .bars { fill: var(--fill); stroke: var(--one); } .hollow { fill: none; stroke: var(--two); stroke-width: 2; }
 .limit { stroke: var(--ink); stroke-width: 2; stroke-dasharray: 6 4; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--soft); }
+@media print { body { max-width: none; padding: 0; font-size: .85rem; print-color-adjust: exact; }
+  svg, tr, .note { break-inside: avoid; } h2 { break-after: avoid; } svg { min-width: 0; } .plot, .wide { overflow: visible; }
+  details::details-content { content-visibility: visible; block-size: auto; } }
 """
 
 
@@ -165,7 +172,7 @@ def _curve(facts: Mapping[str, Any]) -> str:
     everything = points + curve
     width = _Axis([math.log10(point[0]) for point in everything], _LEFT, _WIDTH - _RIGHT, ticks=False)
     height = _Axis([point[1] for point in everything], _HEIGHT - _BOTTOM, _TOP)
-    marks = [*height.grid(), _x_title("size of model.onnx (logarithmic)"), _y_title("dB")]
+    marks = [*height.grid(), _x_title("size of model.onnx (logarithmic)"), _y_title("SQNR in dB")]
     sizes = _decades([point[0] for point in everything])
     marks += [_x_tick(width.at(math.log10(size)), _bytes(size)) for size in sizes]
     if len(curve) > 1:
@@ -213,10 +220,13 @@ def _layers(facts: Mapping[str, Any]) -> str:
         (layer, layer.get("sqnr") if layer.get("sqnr") is not None else layer.get("alone_sqnr"))
         for layer in layers
     ]
-    drawn = [(layer, value) for layer, value in errors if value is not None and value < 199][:_MOST_BARS]
+    known = [(layer, value) for layer, value in errors if value is not None and value < 199]
+    worst = sorted(range(len(known)), key=lambda index: known[index][1])[:_MOST_BARS]
+    drawn = [known[index] for index in sorted(worst)]
     if not layers:
         return ""
     svg = ""
+    names = _short([layer["name"] for layer, _ in drawn])
     if drawn:
         top = max(value for _, value in drawn)
         low = min([0.0, *(value for _, value in drawn)])
@@ -226,9 +236,8 @@ def _layers(facts: Mapping[str, Any]) -> str:
         for index, (layer, value) in enumerate(drawn):
             y = _TOP + index * _BAR
             start, end = sorted((left + (0 - low) * scale, left + (value - low) * scale))
-            name = layer["name"] if len(layer["name"]) <= 28 else "…" + layer["name"][-27:]
             kind = "hollow" if layer["mode"] == "float" else "bars"
-            marks.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(name)}</text>')
+            marks.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(names[index])}</text>')
             marks.append(
                 f'<rect class="{kind}" x="{start:.1f}" y="{y + 3}" width="{max(end - start, 1):.1f}" '
                 f'height="{_BAR - 6}"><title>{escape(layer["name"])}: {value:.1f} dB</title></rect>'
@@ -250,11 +259,12 @@ def _layers(facts: Mapping[str, Any]) -> str:
         )
         for layer in layers
     ]
+    fewer = f" Drawn are the {len(drawn)} worst of {len(known)}." if len(drawn) < len(known) else ""
     return (
         "<h2>Error per layer</h2>"
         + svg
         + '<p class="soft">Signal to noise at each layer\'s output in the written file, everything before it included; '
-        "higher is better. Open bars stayed FP32.</p><details><summary>All layers</summary>"
+        f"higher is better. Open bars stayed FP32.{fewer}</p><details><summary>All layers</summary>"
         + _table(["layer", "kind", "runs as", "weights", "alone", "in the file"], rows)
         + "</details>"
     )
@@ -289,10 +299,11 @@ def _scores(facts: Mapping[str, Any]) -> str:
         marks.append(
             f'<text x="{at + shift:.1f}" y="{_TOP + 12}" text-anchor="{side}">threshold {threshold:.4g}</text>'
         )
+    beyond = "" if edges[0] <= threshold <= edges[-1] else " (not in the plot: no row comes near)"
     described = (
         f"Histogram of scores of {sum(good)} {'good' if bad else 'held-out'} rows"
         + (f" and {sum(bad)} bad rows" if bad else "")
-        + f"; rows above {threshold:.4g} fail."
+        + f"; rows above {threshold:.4g} fail{beyond}."
     )
     legend = described + (" Filled: good. Outlined: bad." if bad else "")
     if found.get("beyond"):
@@ -337,7 +348,7 @@ def _arm(facts: Mapping[str, Any]) -> str:
         bound["cached"], "its caches are not known"
     )
     text = (
-        f"<h2>On {escape(arm['target'])}</h2><p>{escape(arm['board'])}: {escape(arm['mlas'])}. One row touches "
+        f"<h2>On {escape(arm['target'])}</h2><p>{escape(arm['board'][:1].upper() + arm['board'][1:])}: {escape(arm['mlas'])}. One row touches "
         f"{_bytes(bound['bytes'])} and takes {bound['macs'] / 1e6:.3g} million multiply-accumulates: at the stated "
         f"rates of one core at least {_seconds(bound['from_memory'])} if all of it comes from memory and "
         f"{_seconds(bound['arithmetic'])} of arithmetic; {cached}. This is a bound, not a promise: nothing was "
@@ -376,7 +387,7 @@ def _checks(facts: Mapping[str, Any]) -> str:
         return ""
     words = {True: "passed", False: "failed", None: "skipped"}
     rows = [(escape(one["name"]), words[one["passed"]], escape(one["detail"])) for one in checks]
-    return "<h2>Checks of the written bundle</h2>" + _table(["check", "", ""], rows, text=(1, 2))
+    return "<h2>Checks of the written bundle</h2>" + _table(["check", "result", "found"], rows, text=(1, 2))
 
 
 def _origin(facts: Mapping[str, Any]) -> str:
@@ -469,11 +480,28 @@ def _y_title(text: str) -> str:
 
 def _svg(name: str, title: str, described: str, marks: Sequence[str], height: int = _HEIGHT) -> str:
     return (
-        f'<svg role="img" viewBox="0 0 {_WIDTH} {height}" aria-labelledby="{name}-title {name}-text">'
+        f'<div class="plot"><svg role="img" viewBox="0 0 {_WIDTH} {height}" aria-labelledby="{name}-title {name}-text">'
         f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-text">{escape(described)}</desc>'
         + "".join(marks)
-        + "</svg>"
+        + "</svg></div>"
     )
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names that fit beside a bar: without the parts that all begin and end with; else without their middle."""
+    parts = [re.split(r"(?<=[/.])", name) for name in names]
+    if len(names) > 1 and max(map(len, names)) > _LONGEST:
+        first = max(_alike(parts) - 1, 0)  # a number alone would not say of what
+        last = _alike([each[first:][::-1] for each in parts])
+        parts = [each[first : len(each) - last] or each for each in parts]
+    half = (_LONGEST - 1) // 2
+    shown = ("".join(each).rstrip("/.") for each in parts)
+    return [name if len(name) <= _LONGEST else f"{name[:half]}…{name[-half:]}" for name in shown]
+
+
+def _alike(rows: Sequence[Sequence[str]]) -> int:
+    """How many parts all begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*rows, strict=False)))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequence[int] = ()) -> str:

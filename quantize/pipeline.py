@@ -52,10 +52,10 @@ class StepLog:
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Name and time what happens inside."""
-        self._stream.write(f"{name:<10}")
-        self._stream.flush()
         began = time.perf_counter()
         try:
+            self._stream.write(f"{name:<10}")
+            self._stream.flush()
             yield
         except BaseException:
             self._stream.write("\n")

@@ -3,7 +3,8 @@
 A program of its own, so that a fresh process, or an emulated ARM64 one without this project's packages, can
 run it. ``VECTORS.npz`` holds ``in/NAME`` and ``out/NAME`` arrays, ``absolute`` and ``relative``, and how many
 ``rows`` run at a time. Prints one line of JSON: the worst difference in units of what is allowed, whether the
-bits are the same, the CPU. Exit 0: the outputs agree; 1: they do not.
+bits are the same, the CPU. Exit 0: the outputs agree; 1: they do not. With ``--attended``
+behind them it ends when its standard input does: with whoever started it, however that ended.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import sys
+import threading
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import: it would phone home
 
@@ -68,5 +70,12 @@ def main(model: str, vectors: str) -> int:
     return 0 if agree else 1
 
 
+def _end_with_input() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    if "--attended" in sys.argv:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+    sys.exit(main(*sys.argv[1:3]))

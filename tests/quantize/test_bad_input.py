@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from quantize.data import Input, load_rows
 from tests.quantize import models
 from tests.quantize.models import quantize
 
@@ -122,6 +120,55 @@ def test_a_cell_that_is_no_number_is_named(refused, autoencoder, tmp_path):
     assert "sensor_0" in message
 
 
+def table(separator: str = ",", decimal: str = ".") -> str:
+    """Forty rows as people save them."""
+    lines = [separator.join(f"{value:.5g}".replace(".", decimal) for value in row) for row in models.rows(40)]
+    return "\n".join([separator.join(models.NAMES), *lines])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (table(";"), "separated by semicolons, expected commas"),
+        (table(";", ","), "separated by semicolons, expected commas"),
+        (table("\t"), "separated by tabs, expected commas"),
+        (table().partition("\n")[2], "expected a header of feature names"),
+        (table().replace("\n", ",\n").replace(",\n", "\n", 1), "row 1 has 13 cells, the header has 12"),
+        (table().replace("sensor_1,", "sensor_0,", 1), "'sensor_0' is empty or appears twice"),
+        (table().partition("\n")[0], "0 rows, expected at least 10"),
+        (table() + "\n1,2,3", "row 41 has 3 cells, the header has 12"),
+        ("", "is empty, expected a header and rows"),
+    ],
+    ids=[
+        "semicolons", "decimal commas", "tabs", "no header", "trailing commas", "names", "header only",
+        "short", "empty",
+    ],
+)  # fmt: skip
+def test_tables_as_people_save_them(refused, autoencoder, tmp_path, text, said):
+    (tmp_path / "rows.csv").write_text(text)
+    assert said in refused(autoencoder, tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_text_that_is_not_utf8(refused, autoencoder, tmp_path, encoding):
+    (tmp_path / "rows.csv").write_bytes(table().replace("sensor_0", "Küvette").encode(encoding))
+    assert "is not UTF-8" in refused(autoencoder, tmp_path / "rows.csv")
+
+
+def test_columns_that_are_numbered_are_a_header(tmp_path):
+    numbered = ",".join(map(str, range(models.WIDTH))) + "\n" + table().partition("\n")[2]
+    (tmp_path / "rows.csv").write_text(numbered)
+    rows = load_rows(tmp_path / "rows.csv", [Input("x", np.dtype(np.float32), (-1, models.WIDTH))])
+    assert rows.features is not None
+    assert rows.features[:2] == ("0", "1")
+
+
+def test_validation_rows_that_are_the_calibration_rows(refused, autoencoder, calibration, tmp_path):
+    (tmp_path / "same.npz").write_bytes(calibration.read_bytes())
+    line = refused(autoencoder, calibration, "--validation", str(tmp_path / "same.npz"))
+    assert "expected rows of its own" in line
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_validation_labels_of_one_class(refused, autoencoder, calibration, tmp_path, label):
     held_out = models.write_rows(tmp_path / "held.npz", models.rows(40, 7), y=np.full(40, label))
@@ -161,6 +208,13 @@ def test_an_output_folder_made_for_a_failed_run_is_gone_again(calibration, tmp_p
         ["--threshold", "quantile:2"],
         ["--threshold", "high"],
         ["--scale", "log"],
+        ["--target", "arm"],
+        ["--max-drop", "-1"],
+        ["--max-drop", "nan"],
+        ["--min-sqnr", "nan"],
+        ["--emulate", "/nonexistent/python"],
+        ["--inspect", "--verify", "there"],
+        ["--out", os.fsdecode(b"\xff")],
     ],
     ids=" ".join,
 )
@@ -171,25 +225,3 @@ def test_wrong_usage_is_exit_code_2_and_says_what_is_expected(
         quantize(autoencoder, calibration, tmp_path / "out", *options)
     assert ended.value.code == 2
     assert options[0] in capsys.readouterr().err
-
-
-def test_control_c_leaves_nothing_behind(autoencoder, calibration, tmp_path):
-    """Interrupted as soon as its staging folder is seen: the folder goes away, exit code 130."""
-    out = tmp_path / "out"
-    out.mkdir()
-    many = models.write_rows(tmp_path / "many.npz", np.tile(models.rows(500), (400, 1)))
-    command = [sys.executable, "-m", "quantize", str(autoencoder), "--calibration", str(many)]
-    command += ["--name", "unit", "--version", "1.2.3", "--out", str(out)]
-    # Whoever runs the tests in the background of a shell gives them, and their children, SIGINT ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    while process.poll() is None and not any(out.iterdir()):
-        pass
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in error
-    assert list(out.iterdir()) == []

@@ -140,6 +140,28 @@ def test_a_report_without_scores_layers_or_times_is_a_page_too(folder):
     assert "the bundle carries the FP32 model" in text
 
 
+def test_a_hundred_layers_of_long_names_are_told_apart(folder):
+    facts = json.loads((folder / "unit-1.2.3.report.json").read_bytes())
+    facts["int8"]["layer_facts"] = [
+        facts["int8"]["layer_facts"][0]
+        | {"name": f"/encoder/layers.{index}/attention/output/dense/Gemm", "sqnr": 20.0 + (index * 7) % 100}
+        for index in range(100)
+    ]
+    text = page.render(facts)
+    labels = re.findall(r'text-anchor="end">([^<]*layers[^<]*|\d+)</text>', text.partition("layer-error")[2])
+    drawn = [label for label in labels if re.fullmatch(r"(layers\.)?\d+", label)][:60]
+    assert len(set(drawn)) == 60
+    assert "Drawn are the 60 worst of 100" in text
+    assert ": 20.0 dB" in text.partition("layer-error")[2].partition("</svg>")[0]
+    assert ": 119.0 dB" not in text.partition("layer-error")[2].partition("</svg>")[0]
+
+
+def test_a_threshold_beyond_every_row_is_said(folder):
+    facts = json.loads((folder / "unit-1.2.3.report.json").read_bytes())
+    facts["scores"]["threshold"] = facts["scores"]["edges"][-1] * 3
+    assert "(not in the plot: no row comes near)" in page.render(facts)
+
+
 def test_the_curve_of_pruning_is_in_the_report(folder):
     pruning = json.loads((folder / "unit-2.0.0" / "report.json").read_bytes())["pruning"]
     assert len(pruning["curve"]) >= 2
