@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from edge_agent.contract.bundle import pack
+from edge_agent.contract.bundle import MODEL, pack
 from tests.support.agents import BIN, AgentProcess, run_cli
 from tests.support.bundles import tiny_bundle
 from tests.support.services import eventually
@@ -322,3 +322,9 @@ def test_a_disk_without_room_is_named_and_nothing_stays_behind(agent, tmp_path, 
     assert "File too large; check the store's file system" in done.stderr + done.stdout
     status = json.loads(run_cli("edge-agent", "status", "--config", agent.config, "--json").stdout)
     assert status["models"] == []
+
+
+def test_a_damaged_bundle_is_told_from_a_good_one_before_it_is_installed(agent, tmp_path, bundle):
+    (bundle.path / MODEL).write_bytes(b"")
+    done = run_cli("edge-agent", "verify", bundle.path)
+    one_line(done, "member model.onnx has 0 bytes", "it is damaged, copy it again")
