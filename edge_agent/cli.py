@@ -183,8 +183,14 @@ def _say(event: str, text: str, **fields: Any) -> None:
 def _missing(config: Config) -> list[str]:
     """What a person who just starts the agent should know it does without."""
     lines = []
-    models = Path(config.store) / "models"
-    if not models.is_dir() or not any(models.iterdir()):
+    empty = False
+    try:
+        empty = not any((Path(config.store) / "models").iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        empty = True
+    except OSError:
+        pass  # whoever opens the store says why it cannot
+    if empty:
         lines.append(f"no model in {config.store}: edge-agent install BUNDLE puts one there, now or later")
     if not config.updates.source:
         lines.append("no updates are followed: set updates.source and updates.root in agent.yaml")
@@ -256,12 +262,20 @@ def _status_of_store(config: Config) -> dict[str, Any]:
     return {"device": config.device, "store": config.store, "models": models, "updates": updates}
 
 
+def _find(path: Path) -> None:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such bundle; give a bundle folder or a .tar") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give a bundle that this user may read") from error
+
+
 def _opened(path: Path, folder: str) -> Bundle:
     """A bundle folder, or a .tar unpacked into ``folder``; every byte of it is right."""
     from edge_agent.contract.bundle import open_given, unpack_given
 
-    if not path.exists():
-        raise ConfigError(f"{path}: no such bundle; give a bundle folder or a .tar")
+    _find(path)
     return open_given(path) if path.is_dir() else unpack_given(path, Path(folder))
 
 
@@ -334,8 +348,7 @@ def _token(arguments: argparse.Namespace) -> int:
 
 
 def _install(arguments: argparse.Namespace) -> int:
-    if not arguments.bundle.exists():
-        raise ConfigError(f"{arguments.bundle}: no such bundle; give a bundle folder or a .tar")
+    _find(arguments.bundle)
     path = str(arguments.bundle.resolve())
 
     async def alone(updater: Any) -> Any:

@@ -38,7 +38,7 @@ _ADVICE: Final = {
     errno.ENOSPC: ("disk_full", "free some space"),
     errno.EDQUOT: ("disk_full", "free some space or raise the quota"),
     errno.EROFS: ("read_only", "mount the file system read-write or choose another store"),
-    errno.EACCES: ("permission", "let the agent's user write there or choose another store"),
+    errno.EACCES: ("permission", "let the agent's user read and write there or choose another store"),
     errno.EPERM: ("permission", "let the agent's user write there, on a file system with hard links"),
     errno.EIO: ("io", "the medium is failing: check it and the kernel log"),
 }
@@ -147,8 +147,9 @@ class Disk:
         Raises:
             StoreError: it cannot be made.
         """
-        if path.is_dir():
-            return
+        with explained("create", path):
+            if path.is_dir():
+                return
         if path.parent != path:
             self.make_durable_dir(path.parent)
         with explained("create", path):

@@ -140,14 +140,13 @@ class Store:
 
     def models(self) -> list[str]:
         """The models that have a release or a record here, sorted."""
-        try:
-            return sorted(path.name for path in self.layout.models.iterdir() if path.is_dir())
-        except FileNotFoundError:
-            return []
-        except NotADirectoryError as error:
-            raise StoreError(f"{self.layout.root} is no folder; choose another store") from error
-        except OSError as error:
-            raise StoreError(f"cannot read {self.layout.models}: {error.strerror}; check the disk") from error
+        with explained("read", self.layout.models):
+            try:
+                return sorted(path.name for path in self.layout.models.iterdir() if path.is_dir())
+            except FileNotFoundError:
+                return []
+            except NotADirectoryError as error:
+                raise StoreError(f"{self.layout.root} is no folder; choose another store") from error
 
     def current(self, model: str) -> Bundle | None:
         """The release that answers for ``model``; None if none was ever activated.

@@ -328,3 +328,33 @@ def test_a_damaged_bundle_is_told_from_a_good_one_before_it_is_installed(agent, 
     (bundle.path / MODEL).write_bytes(b"")
     done = run_cli("edge-agent", "verify", bundle.path)
     one_line(done, "member model.onnx has 0 bytes", "it is damaged, copy it again")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["install", "{locked}/bundle.tar"],
+        ["verify", "{locked}/bundle.tar"],
+        ["run", "--store", "{locked}/store"],
+        ["status", "--store", "{locked}/store"],
+        ["rollback", "--store", "{locked}/store"],
+    ],
+    ids=" ".join,
+)
+def test_what_this_user_may_not_read_is_said_in_one_line(agent, tmp_path, command):
+    locked = tmp_path / "locked"
+    (locked / "store" / "models").mkdir(parents=True)
+    (locked / "bundle.tar").touch()
+    locked.chmod(0)
+    arguments = [part.format(locked=locked) for part in command]
+    # Root reads everything unless it gives that up.
+    user = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    done = subprocess.run(
+        [*user, str(BIN / "edge-agent"), *arguments, "--config", str(agent.config)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    locked.chmod(0o700)
+    assert done.returncode == 1, done
+    assert f"{locked}/" in done.stderr.splitlines()[-1]
+    assert "Permission denied; " in done.stderr.splitlines()[-1], "and what to do"
+    assert "Traceback" not in done.stderr
