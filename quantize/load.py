@@ -376,9 +376,10 @@ def _batch_first(proto: onnx.ModelProto, notes: list[str]) -> dict[str, int]:
     moved: dict[str, int] = {}
     for value in (*graph.input, *graph.output):
         dims = [_dim(dim) for dim in value.type.tensor_type.shape.dim]
-        told_apart = isinstance(dims[0], int) or (batch and dims[0])  # by sizes or by names
-        if len(dims) < 2 or dims[0] == batch or (is_first and not told_apart):
+        if len(dims) < 2 or dims[0] == batch:
             continue
+        if is_first and not (isinstance(dims[0], int) or (batch and dims[0])):
+            continue  # neither sizes nor names tell them apart
         places = [place for place, dim in enumerate(dims) if dim == batch]
         if len(places) == 1:
             moved[value.name] = places[0]

@@ -35,7 +35,7 @@ from quantize.prepare import PreparedModel, prepare
 from quantize.prune import Pruned, check_target_size, prune, unpruned
 from quantize.search import observe, search
 from quantize.staging import staging
-from quantize.validate import Judge, Parts, Verdict, check_metric, settle, split, validate
+from quantize.validate import Judge, Parts, Verdict, check_batches, check_metric, settle, split, validate
 from quantize.verify import verify_bundle
 
 # The oldest agent that reads this bundle format.
@@ -90,6 +90,7 @@ def build(config: QuantizeConfig, log: StepLog) -> BuiltBundle:
             parts = split(calibration, held_out)
         with log.step("prepare"):
             model = prepare(source, calibration, config.prepare)
+            check_batches(model, parts)
             sizes = sizes_of(model, calibration)
             judge = Judge(model, parts, config.threshold, sizes, fast=config.fast)
             check_metric(config.budget, model, parts)

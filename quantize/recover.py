@@ -282,6 +282,8 @@ def _samples(
 ) -> np.ndarray | None:
     """What a layer multiplies with its weights: (groups, samples, inputs) float32."""
     if layer.kind != "Conv":
+        if values.shape[-1] != shape[1 - layer.axis]:
+            return None  # a vector for a row, many of which are no longer told apart
         flat = values.reshape(-1, values.shape[-1])
         return np.ascontiguousarray(_evenly(flat))[None]
     attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}

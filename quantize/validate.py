@@ -12,6 +12,7 @@ nothing: the same command would not always give the same bundle (docs/adr/0020).
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
@@ -92,6 +93,22 @@ def check_metric(budget: Budget, model: PreparedModel, parts: Parts) -> None:
     if model.score is None:
         raise BadData(
             f"--metric {budget.metric} needs a score, the model has none: use --metric sqnr or agreement"
+        )
+
+
+def check_batches(model: PreparedModel, parts: Parts) -> None:
+    """Whether every part of the data has a whole batch, where the model takes no other.
+
+    Raises:
+        BadData: too few rows; says how many are needed.
+    """
+    batch = model.fixed_batch or 1
+    fewest = min(len(parts.ranges), len(parts.selection), len(parts.judgement))
+    if fewest < batch:
+        raise BadData(
+            f"data {parts.calibration.source}: its smallest part has {fewest} rows and the model takes {batch} "
+            f"at a time: give {math.ceil(batch / max(fewest, 1))} times as many rows, or export the model for "
+            "any number"
         )
 
 

@@ -388,6 +388,28 @@ def test_inputs_of_different_numbers_of_rows_are_listed(tmp_path, capsys):
     assert "different numbers of rows (a 4, b 8)" in refusal(capsys, tmp_path / "out")
 
 
+def test_parts_of_less_than_the_batch_that_a_model_insists_on_are_too_few(tmp_path, capsys):
+    nodes = [
+        helper.make_node("Gemm", ["x", "W0", "b0"], ["h"]),
+        helper.make_node("Reshape", ["h", "blocks"], ["y"]),
+    ]
+    weights = {**models.dense([WIDTH, 32]), "blocks": np.array([32, 8, 4])}
+    inputs = [("x", TensorProto.FLOAT, [32, WIDTH])]
+    path = models.save(tmp_path / "m.onnx", nodes, weights, inputs, [("y", [32, 8, 4])])
+    assert quantize(path, table(tmp_path / "rows.npz"), tmp_path / "out") == 1
+    assert "the model takes 32 at a time: give 3 times as many rows" in refusal(capsys, tmp_path / "out")
+
+
+def test_a_vector_for_every_row_is_no_obstacle(tmp_path):
+    weights = {"W": models.dense([WIDTH, 32])["W0"]}
+    nodes = [helper.make_node("MatMul", ["x", "W"], ["y"])]
+    path = models.save(
+        tmp_path / "m.onnx", nodes, weights, [("x", TensorProto.FLOAT, [WIDTH])], [("y", [32])]
+    )
+    np.savez(tmp_path / "rows.npz", x=np.random.default_rng(0).standard_normal(208).astype(np.float32))
+    assert models.quantize(path, tmp_path / "rows.npz", tmp_path / "out") == 0
+
+
 # -- every operator ---------------------------------------------------------------------------------------
 
 
