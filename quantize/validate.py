@@ -105,10 +105,10 @@ def check_batches(model: PreparedModel, parts: Parts) -> None:
     batch = model.fixed_batch or 1
     fewest = min(len(parts.ranges), len(parts.selection), len(parts.judgement))
     if fewest < batch:
+        times = math.ceil(batch / max(fewest, 1))
         raise BadData(
-            f"data {parts.calibration.source}: its smallest part has {fewest} rows and the model takes {batch} "
-            f"at a time: give {math.ceil(batch / max(fewest, 1))} times as many rows, or export the model for "
-            "any number"
+            f"data {parts.calibration.source}: its smallest part has {fewest} rows and the model takes "
+            f"{batch} at a time: give {times} times as many rows, or export the model for any number"
         )
 
 
