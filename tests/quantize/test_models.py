@@ -142,7 +142,7 @@ def test_an_impossible_budget_ships_float_and_says_why_for_each_candidate(autoen
         np.concatenate([models.rows(60, seed=2), models.bad_rows(60)]),
         y=np.repeat([0, 1], 60),
     )
-    options = ("--scale", "standard", "--validation", str(held_out), "--max-drop", "-0.5")
+    options = ("--scale", "standard", "--validation", str(held_out), "--metric", "sqnr", "--min-sqnr", "190")
     assert quantize(autoencoder, calibration, tmp_path / "out", *options) == 0
     found = report(tmp_path / "out")["int8"]
     assert found["precision"] == "fp32"
