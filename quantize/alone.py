@@ -24,7 +24,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_agent.contract.bundle import ROWS_APART, ROWS_KEY
 from quantize import runtime
 from quantize.graph import drop_unused, unique
-from quantize.int8 import MICROSOFT, Layer, Mode, Plan, Recipe, Wiring, write_graph
+from quantize.int8 import MICROSOFT, Recipe, write_graph
+from quantize.plan import Layer, Mode, Plan, Wiring
 
 _NONE: Final = -1
 # Most of what the higher levels look for ends at an If, and looking takes as long as running.

@@ -10,7 +10,7 @@ choose a range (all of it, a percentile, the least squared error) is read from i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
@@ -267,11 +267,12 @@ def ranges_by(rule: str, found: Calibration) -> dict[str, Range]:
     return {name: RULES[rule](sketch) for name, sketch in found.sketches.items()}
 
 
-def ranges_each(found: Calibration, held_out: Calibration) -> dict[str, Range]:
-    """Every tensor's range by the rule with the least error on rows that had no part in finding it."""
-    chosen = {}
-    for name, sketch in found.sketches.items():
-        other = held_out.sketches[name]
-        ranges = [rule(sketch) for rule in RULES.values()]
-        chosen[name] = min(ranges, key=other.error)  # min() takes the first of equals
-    return chosen
+def ranges_each(choices: Iterable[Mapping[str, Range]], held_out: Calibration) -> dict[str, Range]:
+    """Of the ranges of every tensor the one with the least error on rows that had no part in finding it."""
+    by_rule = list(choices)
+    return {
+        name: min(
+            (ranges[name] for ranges in by_rule), key=held_out.sketches[name].error
+        )  # the first of equals
+        for name in by_rule[0]
+    }

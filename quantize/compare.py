@@ -1,6 +1,7 @@
 """How far one model's outputs are from another's. Pure: arrays in, numbers out.
 
 SQNR is ``10 log10(power of the reference / power of the difference)`` in dB; 20 dB is 10 % noise, 40 dB 1 %.
+What is compared with a budget is not the figure of these rows but what they say of others (``confidence``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from quantize import confidence
 from quantize.config import Budget, Metric
 
 IDENTICAL: Final = 200.0  # dB: what a difference of nothing is called, so that it stays a JSON number
@@ -27,6 +29,16 @@ def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
     if not np.isfinite(noise).all():
         return -IDENTICAL
     return decibels(float(np.sum(signal**2)), float(np.sum((signal - noise) ** 2)))
+
+
+def sqnr_low(reference: np.ndarray, other: np.ndarray) -> float:
+    """What the SQNR of other rows is above, 95 of 100 times; rows are the first dimension."""
+    if not np.isfinite(other).all():
+        return -IDENTICAL
+    reference = np.atleast_1d(reference)
+    signal = reference.reshape(len(reference), -1).astype(np.float64)
+    noise = ((signal - other.reshape(signal.shape).astype(np.float64)) ** 2).sum(axis=1)
+    return decibels(1.0, confidence.ratio_below(noise, (signal**2).sum(axis=1)))
 
 
 def decibels(power: float, difference: float) -> float:
@@ -82,6 +94,9 @@ class Comparison:
     rows: int
     sqnr: float  # dB, of the score, or the worst output
     agreement: float | None  # share of rows with the same decision, or the same largest class; None: neither
+    # What other rows are above, 95 of 100 times. None: not known, the figure has to do.
+    sqnr_low: float | None = None  # dB
+    agreement_low: float | None = None
     auc_reference: float | None = None
     auc: float | None = None
     ap_reference: float | None = None  # average precision
@@ -108,33 +123,39 @@ class Comparison:
         before, after = pairs.get(Metric.AUC if wanted is Metric.AUTO else wanted, (None, None))
         return None if before is None or after is None else (before, after)
 
-    def inside(self, budget: Budget, margin: float = 0.0) -> bool:
+    def inside(self, budget: Budget, *, surely: bool = True) -> bool:
         """Whether this is close enough.
 
         Args:
             budget: what is allowed.
-            margin: dB above the least SQNR that are wanted besides, and half of the allowed disagreement:
-                other rows than these will be judged.
+            surely: SQNR and agreement count as far as these rows say something of others; else as they are.
         """
         if self.sqnr <= -IDENTICAL:
             return False
         if (pair := self.metric(budget.metric)) is not None:
             return pair[0] - pair[1] <= budget.max_auc_drop
-        enough = self.sqnr >= budget.min_sqnr + margin
-        allowed = (1 - budget.min_agreement) * (0.5 if margin else 1.0)
-        agree = 1 - (self.agreement or 0.0) <= allowed + 1e-9
-        if budget.metric is Metric.AUTO and self.rows * (1 - budget.min_agreement) < 1 - 1e-6:
-            agree = False  # 99 % cannot be seen in 29 rows
-        if budget.metric is Metric.SQNR:
-            return enough
+        agreement = self.agreement or 0.0
+        if budget.metric is Metric.AGREEMENT:  # a bound of 99 % takes 270 rows: who asks for it alone knows
+            return agreement >= budget.min_agreement - 1e-9
+        low = self.least_sqnr if surely else self.sqnr
+        if low >= budget.min_sqnr:
+            return True
         # Where nearly every row is passed, a model that answers nothing agrees too.
-        return agree if budget.metric is Metric.AGREEMENT else enough or (agree and self.sqnr >= LEAST)
+        agrees = (self.agreement_low or 0.0) >= budget.min_agreement
+        return budget.metric is not Metric.SQNR and agrees and self.sqnr >= LEAST
+
+    @property
+    def least_sqnr(self) -> float:
+        """The bound where there is one."""
+        return self.sqnr if self.sqnr_low is None else self.sqnr_low
 
     def verdict(self) -> str:
         """The figures that decide, for people."""
-        parts = [f"{self.sqnr:.1f} dB"]
+        bound = "" if self.sqnr_low is None else f" (above {self.sqnr_low:.1f})"
+        parts = [f"{self.sqnr:.1f} dB{bound}"]
         if self.agreement is not None:
-            parts.append(f"agreement {self.agreement:.1%}")
+            bound = "" if self.agreement_low is None else f" (above {self.agreement_low:.1%})"
+            parts.append(f"agreement {self.agreement:.1%}{bound}")
         if self.auc is not None and self.auc_reference is not None:
             parts.append(f"AUC {self.auc:.4f} (FP32 {self.auc_reference:.4f})")
         if self.f1 is not None and self.f1_reference is not None:
@@ -142,16 +163,16 @@ class Comparison:
         return ", ".join(parts)
 
 
-def _score_sqnr(reference: np.ndarray, candidate: np.ndarray, threshold: float) -> float:
-    """SQNR of scores up to ``CEILING`` times a positive threshold.
+def _shown(reference: np.ndarray, candidate: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scores up to ``CEILING`` times a positive threshold.
 
     What is far above fails whatever it is exactly; left as they are, a few rows with a score of a thousand
     would be all that an SQNR sees. Where nearly all are that far, nothing is cut.
     """
     ceiling = CEILING * threshold
     if threshold <= 0 or not np.isfinite(candidate).all() or (reference < ceiling).mean() < _BELOW:
-        return sqnr(reference, candidate)
-    return sqnr(np.minimum(reference, ceiling), np.minimum(candidate, ceiling))
+        return reference, candidate
+    return np.minimum(reference, ceiling), np.minimum(candidate, ceiling)
 
 
 def scores(
@@ -166,10 +187,13 @@ def scores(
         labels: (n,) bool, True = bad, or None.
     """
     failed_reference, failed = reference > thresholds[0], candidate > thresholds[1]
+    shown = _shown(reference, candidate, thresholds[0])
     comparison = Comparison(
         rows=len(reference),
-        sqnr=_score_sqnr(reference, candidate, thresholds[0]),
+        sqnr=sqnr(*shown),
+        sqnr_low=sqnr_low(*shown),
         agreement=float((failed_reference == failed).mean()),
+        agreement_low=confidence.share_above((failed_reference == failed)[:, None]),
         mean_score_reference=float(reference.astype(np.float64).mean()),
         mean_score=float(candidate.astype(np.float64).mean()),
     )
@@ -200,27 +224,42 @@ def outputs(reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndar
     is its noise: 99 % alike are 20 dB. Unsigned ones are measures, such as pixels. An output of another size
     (as many detections as there are) is another answer.
     """
-    sqnrs, agreements, named = [], [], []
+    sqnrs, lows, agreements, agreements_low, named, named_low = [], [], [], [], [], []
     for name, found in reference.items():
         before, after = found.reshape(-1), candidate[name].reshape(-1)
         if found.shape != candidate[name].shape:
             sqnrs.append(-IDENTICAL)
+            lows.append(-IDENTICAL)
             agreements.append(0.0)
+            agreements_low.append(0.0)
             continue
         if not before.size:
             continue
         if before.dtype.kind in "ib":
-            named.append(float((before == after).mean()))
+            same = before == after
+            named.append(float(same.mean()))
+            named_low.append(confidence.share_above(same.reshape(len(np.atleast_1d(found)), -1)))
             continue
         if np.any(before != 0):  # a state that is always zero has no signal
             sqnrs.append(sqnr(before, after))
+            lows.append(sqnr_low(found, candidate[name]))
         elif np.any(after != 0):
             sqnrs.append(-IDENTICAL)
+            lows.append(-IDENTICAL)
         if 2 <= found.ndim <= 3 and found.shape[-1] > 1:
             same = found.argmax(axis=-1) == candidate[name].argmax(axis=-1)
             agreements.append(float(same.mean()))
+            agreements_low.append(confidence.share_above(same.reshape(len(same), -1)))
     if named and not sqnrs:
         sqnrs.append(decibels(1.0, 1.0 - min(named)))
+        lows.append(decibels(1.0, 1.0 - min(named_low)))
     agreements += named
+    agreements_low += named_low
     rows = len(next(iter(reference.values())))
-    return Comparison(rows=rows, sqnr=min(sqnrs, default=IDENTICAL), agreement=min(agreements, default=None))
+    return Comparison(
+        rows=rows,
+        sqnr=min(sqnrs, default=IDENTICAL),
+        sqnr_low=min(lows, default=IDENTICAL),
+        agreement=min(agreements, default=None),
+        agreement_low=min(agreements_low, default=None),
+    )

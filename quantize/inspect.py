@@ -18,9 +18,9 @@ from onnx import TensorProto
 
 from quantize import graph
 from quantize.errors import QuantizeError
-from quantize.int8 import plan_of
 from quantize.load import FloatModel, Input, load_model, read_model
 from quantize.normalise import NormalForm, normalise
+from quantize.plan import Mode, plan_of
 
 # Sizes for dimensions that vary: of a small and a usual image, of a window of audio, of short sequences.
 _GUESSES: Final = (64, 224, 512, 16, 1)
@@ -179,7 +179,8 @@ def _int8(proto: onnx.ModelProto) -> dict[str, Any]:
     """What the static form would make INT8, and what would stay float."""
     layers = plan_of(proto).layers
     sizes = {tensor.name: _bytes_of(tensor) for tensor in proto.graph.initializer}
-    planned = {layer.node for layer in layers}
+    computed = [layer for layer in layers if layer.modes != (Mode.STORED,)]
+    planned = {layer.node for layer in computed}
     left = Counter(
         node.op_type
         for position, node in enumerate(proto.graph.node)
@@ -188,7 +189,7 @@ def _int8(proto: onnx.ModelProto) -> dict[str, Any]:
     quantized = sum(sizes.get(name, 0) for name in {layer.weight for layer in layers})
     total = sum(sizes.values())
     return {
-        "layers": dict(Counter(layer.kind for layer in layers).most_common()),
+        "layers": dict(Counter(layer.kind for layer in computed).most_common()),
         "left_float": dict(left.most_common()),
         "parameter_bytes": total,
         "int8_parameter_bytes": quantized,

@@ -1,4 +1,4 @@
-"""Step 4a: which nodes can be INT8, and the INT8 form of a graph.
+"""Step 4a: the INT8 form of a graph.
 
 The static form is QDQ as ONNX Runtime fuses it on ARM64 (docs/quantize.md says why):
 
@@ -13,6 +13,10 @@ The static form is QDQ as ONNX Runtime fuses it on ARM64 (docs/quantize.md says 
 The dynamic form (MatMul, Gemm, LSTM) quantizes activations while running; weights are as in the static one.
 Conv has none: ConvInteger is slower than float on every CPU that was measured.
 
+The stored form keeps INT8 weights in the file and computes in float: Cast and Mul of constants, which
+onnxruntime folds when it loads the file. (It does not fold a DequantizeLinear of constants, and would undo it
+again in every run.) The device then runs what it would run in FP32, at the same speed and in the same memory.
+
 A ``Recipe`` says which node has which form and every number that is in the file: the same recipe for the same
 graph gives the same bytes.
 """
@@ -21,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -32,77 +35,14 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_agent.contract.bundle import ROWS_APART, ROWS_KEY
 from quantize.calibrate import Range
 from quantize.compare import Comparison
-from quantize.graph import share_equal
-from quantize.prepare import drop_unused
+from quantize.graph import drop_unused, share_equal
+from quantize.plan import JOINS, MOVES_DATA, RECURRENT, Layer, Mode, Plan, Wiring
 from quantize.weights import array_of, check
 
-# The same numbers in another order: their range is the range of what they read, and no scale is needed twice.
-_MOVES_DATA: Final = (
-    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice", "Expand",
-)  # fmt: skip
-# INT8 kernels exist for these; they are used where all inputs are INT8 anyway and the result becomes it.
-_JOINS: Final = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
 _FEWEST_SCALES: Final = 1e-12  # a scale below this is a channel of nothing but zeros
 _INT32_ROOM: Final = float(2**30)  # half of int32: the accumulator needs the other half
 _TAKEN_FOR_INT8: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_SMALLEST_TABLE: Final = 1 << 14  # numbers; smaller ones are not worth two more nodes
 MICROSOFT: Final = "com.microsoft"
-
-
-class Mode(StrEnum):
-    """The form of a layer."""
-
-    FLOAT = "fp32"
-    STATIC = "static"
-    DYNAMIC = "dynamic"
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A node that can run in INT8, and the tensors around it."""
-
-    node: int  # position in graph.node
-    name: str
-    kind: str
-    activation: str
-    weight: str
-    bias: str | None
-    axis: int  # of the weight: its output channels
-    result: str  # the tensor after an absorbed Relu or Clip
-    modes: tuple[Mode, ...]  # the INT8 forms it can have, the one to try first in front
-    parameters: int  # weights, without bias
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What can become INT8. ``bounds`` are values that a tensor cannot leave, by what makes it."""
-
-    layers: tuple[Layer, ...]
-    watched: tuple[str, ...]  # the tensors whose range calibration must find
-    bounds: Mapping[str, tuple[float, float]]
-
-    def all_int8(self) -> dict[int, Mode]:
-        """Every layer in the form to try first."""
-        return {layer.node: layer.modes[0] for layer in self.layers}
-
-    def limited_to(self, ranges: Mapping[str, Range]) -> Plan:
-        """The plan without static forms that lack a range: tensors of integers, or never of any size."""
-        kept = []
-        for layer in self.layers:
-            known = layer.activation in ranges and (layer.kind != "Conv" or layer.result in ranges)
-            known = known or layer.kind == "Gather"
-            modes = tuple(mode for mode in layer.modes if mode is not Mode.STATIC or known)
-            if modes:
-                kept.append(replace(layer, modes=modes))
-        return replace(self, layers=tuple(kept))
-
-    def dynamic(self) -> dict[int, Mode]:
-        """Every layer that has a dynamic form in it, tables in INT8, the others in float."""
-        other = {"Gather": Mode.STATIC}
-        return {
-            layer.node: Mode.DYNAMIC if Mode.DYNAMIC in layer.modes else other.get(layer.kind, Mode.FLOAT)
-            for layer in self.layers
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,191 +71,6 @@ class Recipe:
     def twin(self) -> Recipe:
         """The same work with unsigned activations: for timing on x86."""
         return replace(self, signed=False)
-
-
-# -- finding ----------------------------------------------------------------------------------------------
-
-
-def plan_of(proto: onnx.ModelProto) -> Plan:
-    """Find the layers that can run in INT8 and the tensors whose range that may take."""
-    wiring = Wiring(proto.graph)
-    layers = tuple(
-        layer
-        for position, node in enumerate(proto.graph.node)
-        if (layer := _layer_of(position, node, wiring)) is not None
-    )
-    # Which of them are needed depends on the forms chosen later: all that may be are watched in one pass.
-    watched: set[str] = set()
-    for layer in layers:
-        if Mode.STATIC not in layer.modes or layer.kind == "Gather":
-            continue
-        watched.add(layer.activation)
-        watched.update(wiring.sources(layer.activation))
-        watched.add(layer.result)
-    for node in proto.graph.node:
-        if node.op_type in _JOINS:
-            watched.add(wiring.result(node))
-    return Plan(layers, tuple(sorted(watched - set(wiring.weights))), wiring.bounds())
-
-
-class Wiring:
-    """Who makes and who reads the tensors of one graph."""
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
-        self.weights = {tensor.name: tensor for tensor in graph.initializer}
-        self.outputs = {value.name for value in graph.output}
-        self.inputs = {value.name for value in graph.input}
-        self.producers = {name: node for node in graph.node for name in node.output if name}
-        self.users: dict[str, list[onnx.NodeProto]] = {}
-        self.positions = {id(node): position for position, node in enumerate(graph.node)}
-        for node in graph.node:
-            for name in {*node.input, *_read_inside(node)}:
-                if name:
-                    self.users.setdefault(name, []).append(node)
-
-    def result(self, node: onnx.NodeProto) -> str:
-        """The tensor after this node, or after the Relu or Clip that its INT8 form absorbs."""
-        name: str = node.output[0]
-        following = self.users.get(name, [])
-        if name in self.outputs or len(following) != 1:
-            return name
-        after = following[0]
-        if after.op_type == "Relu" or (after.op_type == "Clip" and self._clip(after)[0] == 0.0):
-            return str(after.output[0])
-        return name
-
-    def clipped(self, name: str) -> str | None:
-        """What a Relu or Clip makes of this tensor, if nothing else reads it: a Q after it may replace it."""
-        following = self.users.get(name, [])
-        if name in self.outputs or len(following) != 1 or following[0].op_type not in ("Relu", "Clip"):
-            return None
-        return str(following[0].output[0])
-
-    def _clip(self, node: onnx.NodeProto) -> tuple[float, float]:
-        ends = [-np.inf, np.inf]
-        for index in (1, 2):
-            if len(node.input) > index and node.input[index]:
-                tensor = self.weights.get(node.input[index])
-                if tensor is not None:
-                    ends[index - 1] = float(array_of(tensor).reshape(-1)[0])
-        return ends[0], ends[1]
-
-    def sources(self, tensor: str) -> list[str]:
-        """What ``tensor`` was before data was moved, nearest first."""
-        found = []
-        while (node := self.producers.get(tensor)) is not None and node.op_type in _MOVES_DATA:
-            if len([name for name in node.output if name]) > 1 or node.input[0] in self.weights:
-                break
-            tensor = node.input[0]
-            found.append(tensor)
-        return found
-
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """The values that activation functions cannot leave."""
-        found = {}
-        for node in self.graph.node:
-            if node.op_type in ("Relu", "Sqrt", "Abs", "Exp"):
-                found[node.output[0]] = (0.0, np.inf)
-            elif node.op_type in ("Sigmoid", "HardSigmoid", "Softmax"):
-                found[node.output[0]] = (0.0, 1.0)
-            elif node.op_type == "Tanh":
-                found[node.output[0]] = (-1.0, 1.0)
-            elif node.op_type == "Clip":
-                found[node.output[0]] = self._clip(node)
-        return found
-
-
-def _read_inside(node: onnx.NodeProto) -> set[str]:
-    names: set[str] = set()
-    for attribute in node.attribute:
-        for subgraph in (attribute.g, *attribute.graphs):
-            for inner in subgraph.node:
-                names.update(inner.input)
-                names |= _read_inside(inner)
-            names.update(value.name for value in subgraph.output)
-    return names
-
-
-def _layer_of(position: int, node: onnx.NodeProto, wiring: Wiring) -> Layer | None:
-    weights = wiring.weights
-    if node.op_type == "Gather":
-        if not _is_table(node, weights):
-            return None
-        modes: tuple[Mode, ...] = (Mode.STATIC,)
-        name = node.output[0]
-        table = node.input[0]
-        size = int(np.prod(weights[table].dims))
-        return Layer(position, node.name or name, "Gather", node.input[1], table, None, 0, name, modes, size)
-    if node.op_type == "LSTM" and _can_be_dynamic_lstm(node, weights):
-        modes = (Mode.DYNAMIC,)
-        axis, result = 1, node.output[0]
-        parameters = sum(int(np.prod(weights[node.input[index]].dims)) for index in (1, 2))
-    else:
-        found = _channel_axis(node, weights)
-        if found is None:
-            return None
-        axis, result = found, wiring.result(node)
-        parameters = int(np.prod(weights[node.input[1]].dims))
-        modes = (Mode.STATIC,) if node.op_type == "Conv" else (Mode.STATIC, Mode.DYNAMIC)
-    bias = node.input[2] if node.op_type != "LSTM" and len(node.input) > 2 and node.input[2] else None
-    return Layer(
-        position,
-        node.name or node.output[0] or f"{node.op_type} {position}",
-        node.op_type,
-        node.input[0],
-        node.input[1],
-        bias,
-        axis,
-        result,
-        modes,
-        parameters,
-    )
-
-
-def _is_table(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> bool:
-    """An embedding: rows of a table of floats, picked by numbers that are not constant."""
-    table = weights.get(node.input[0])
-    if table is None or table.data_type != TensorProto.FLOAT or node.input[1] in weights:
-        return False
-    first = all(item.name != "axis" or item.i == 0 for item in node.attribute)
-    return first and len(table.dims) == 2 and int(np.prod(table.dims)) >= _SMALLEST_TABLE
-
-
-def _can_be_dynamic_lstm(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> bool:
-    constant = all(
-        name in weights and weights[name].data_type == TensorProto.FLOAT for name in node.input[1:3]
-    )
-    layout = any(item.name == "layout" and item.i != 0 for item in node.attribute)
-    return constant and not layout and node.domain in ("", "ai.onnx")
-
-
-def _channel_axis(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> int | None:
-    """The axis of the output channels if this node can run in INT8, else None."""
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
-        return None
-    weight = weights.get(node.input[1])
-    if weight is None or weight.data_type != TensorProto.FLOAT or node.input[0] in weights:
-        return None
-    if len(node.input) > 2 and node.input[2]:
-        bias = weights.get(node.input[2])
-        if bias is None or len(bias.dims) != 1:
-            return None
-    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "MatMul":
-        return 1 if len(weight.dims) == 2 else None
-    if (
-        attributes.get("transA", 0)
-        or attributes.get("alpha", 1.0) != 1.0
-        or attributes.get("beta", 1.0) != 1.0
-    ):
-        return None
-    columns = weight.dims[0 if attributes.get("transB", 0) else 1]
-    if len(node.input) > 2 and node.input[2] and weights[node.input[2]].dims[0] != columns:
-        return None
-    return 0 if attributes.get("transB", 0) else 1
 
 
 # -- weights ----------------------------------------------------------------------------------------------
@@ -397,6 +152,9 @@ class _Writer:
         self._dynamic = {
             layer.node: layer for layer in plan.layers if recipe.modes.get(layer.node) is Mode.DYNAMIC
         }
+        self._stored = {
+            layer.node: layer for layer in plan.layers if recipe.modes.get(layer.node) is Mode.STORED
+        }
         self._sources, self._made = self._tensors()
         self._lowest = -128 if recipe.signed else 0
         self._dtype = np.int8 if recipe.signed else np.uint8
@@ -406,6 +164,7 @@ class _Writer:
             for tensor, source in self._sources.items()
         }
         self._written: dict[tuple[str, int, bool], tuple[str, np.ndarray]] = {}
+        self._unfolded: dict[tuple[str, int], str] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._taken = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
         self._taken.update(name for node in graph.node for name in (*node.input, *node.output))
@@ -486,7 +245,7 @@ class _Writer:
                 return bool(node.op_type == "Conv")
             inputs = [name for name in node.input if name and name not in wiring.weights]
             if len(inputs) != 1:
-                return bool(node.op_type in _JOINS)
+                return bool(node.op_type in JOINS)
             tensor = inputs[0]
         return False
 
@@ -498,7 +257,7 @@ class _Writer:
             layer = self._static.get(wiring.positions[id(node)])
             if layer is not None and layer.activation == tensor:
                 continue
-            moves = node.op_type in _MOVES_DATA and node.input[0] == tensor
+            moves = node.op_type in MOVES_DATA and node.input[0] == tensor
             if not moves or not self._read_by_int8_only(node.output[0]):
                 return False
         return bool(wiring.users.get(tensor))
@@ -509,7 +268,7 @@ class _Writer:
         for position in range(len(self._graph.node) - 1, -1, -1):
             node = self._graph.node[position]
             if (
-                node.op_type not in _JOINS
+                node.op_type not in JOINS
                 or position in banned
                 or any(n in wiring.weights for n in node.input)
             ):
@@ -528,7 +287,7 @@ class _Writer:
     def _int8_made(self, sources: Mapping[str, str], joins: Mapping[int, onnx.NodeProto]) -> set[str]:
         made = {layer.result for layer in self._static.values() if layer.result in sources}
         for position, node in enumerate(self._graph.node):
-            moves = node.op_type in _MOVES_DATA and node.output[0] in sources and node.input[0] in sources
+            moves = node.op_type in MOVES_DATA and node.output[0] in sources and node.input[0] in sources
             if moves and sources[node.output[0]] == sources[node.input[0]]:
                 made.add(node.output[0])
             elif position in joins:
@@ -546,9 +305,9 @@ class _Writer:
             self._pair(value.name, value.name, dequantized)
         for position, node in enumerate(list(graph.node)):
             layer = self._static.get(position)
-            moves = node.op_type in _MOVES_DATA and self._sources.get(
-                node.output[0], ""
-            ) == self._sources.get(node.input[0], "-")
+            moves = node.op_type in MOVES_DATA and self._sources.get(node.output[0], "") == self._sources.get(
+                node.input[0], "-"
+            )
             for index, name in enumerate(node.input):
                 reads_int8 = index == 0 and (layer is not None or moves)
                 # What INT8 kernels made exists in INT8 only; what float made, float nodes read as it was.
@@ -560,6 +319,8 @@ class _Writer:
                 node = self._table(node, self._tables[position])  # noqa: PLW2901
             elif position in self._dynamic:
                 node = self._dynamic_node(node, self._dynamic[position])  # noqa: PLW2901
+            elif position in self._stored:
+                self._store(node, self._stored[position])
             self._nodes.append(node)
             for index, name in enumerate(node.output):
                 if dequantized.get(name) == name:
@@ -637,6 +398,42 @@ class _Writer:
         if rounded is None:
             self._written[key] = (name, scale)
         return name, scale
+
+    def _store(self, node: onnx.NodeProto, layer: Layer) -> None:
+        """Weights in INT8 that are float again when the file is loaded."""
+        rounded = self._recipe.rounded.get(layer.node)
+        for index in (1, 2) if layer.kind in RECURRENT else (1,):
+            name = node.input[index]
+            if rounded is None and (name, layer.axis) in self._unfolded:
+                node.input[index] = self._unfolded[name, layer.axis]
+                continue
+            values = self._array(name)
+            if layer.kind in RECURRENT:  # (directions, gates, inputs): a scale for every row
+                scale = np.maximum(np.abs(values).max(axis=2, keepdims=True) / 127, _FEWEST_SCALES)
+                quantized = np.clip(np.rint(values / scale), -127, 127).astype(np.int8)
+            elif rounded is not None:
+                scale, quantized = along(rounded.scale, layer.axis, values.ndim), rounded.values
+            else:
+                scale = weight_scale(values, layer.axis)
+                quantized = nearest(values, scale, layer.axis)
+                scale = along(scale, layer.axis, values.ndim)
+            wide = self._unique(f"{name}_wide")
+            constants = [
+                self._constant(f"{name}_q", quantized),
+                self._constant(f"{name}_scale", scale.astype(np.float32)),
+            ]
+            unfolded = self._unique(f"{name}_dq")
+            self._nodes += [
+                helper.make_node("Cast", constants[:1], [wide], wide, to=TensorProto.FLOAT),
+                helper.make_node("Mul", [wide, constants[1]], [unfolded], unfolded),
+            ]
+            node.input[index] = unfolded
+            if rounded is None:
+                self._unfolded[name, layer.axis] = unfolded
+        if rounded is not None and rounded.bias is not None:
+            bias = self._constant(f"{layer.result}_bias", rounded.bias.astype(np.float32))
+            del node.input[2:]
+            node.input.append(bias)
 
     def _table(self, node: onnx.NodeProto, layer: Layer) -> onnx.NodeProto:
         """Rows of INT8 with a scale each; returns the node that gives what the table gave."""

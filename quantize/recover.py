@@ -26,8 +26,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from onnx import helper, numpy_helper
 
 from quantize.calibrate import Channels, watch
-from quantize.int8 import Layer, Mode, Plan, Recipe, Rounded, along, weight_scale
+from quantize.int8 import Recipe, Rounded, along, weight_scale
 from quantize.load import Rows
+from quantize.plan import Layer, Mode, Plan
 from quantize.prepare import PreparedModel
 from quantize.weights import array_of
 
@@ -42,7 +43,7 @@ _HOMOGENEOUS: Final = (
     "Identity",
 )
 _FURTHEST: Final = 32.0  # a channel is scaled by no more, either way
-_WIDEST: Final = 2560  # inputs of a layer whose Gram matrix is made: 52 MB, and seconds to invert
+WIDEST: Final = 2560  # inputs of a layer whose Gram matrix is made: 52 MB, and seconds to invert
 _GRAM_BYTES: Final = 256e6  # of Gram matrices at a time; more layers take another pass
 _MOST_SAMPLES: Final = 1 << 13  # rows or positions that enter one Gram matrix
 _A_BATCH: Final = 1 << 10  # of them from one batch
@@ -208,7 +209,12 @@ class _Gram:
 
 
 def round_weights(
-    model: PreparedModel, proto: onnx.ModelProto, plan: Plan, recipe: Recipe, rows: Rows
+    model: PreparedModel,
+    proto: onnx.ModelProto,
+    plan: Plan,
+    recipe: Recipe,
+    rows: Rows,
+    widest: int = WIDEST,
 ) -> dict[int, Rounded]:
     """INT8 weights whose outputs on ``rows`` are nearest, for the layers of ``recipe`` that are INT8.
 
@@ -218,6 +224,7 @@ def round_weights(
         plan: its layers.
         recipe: which of them are INT8.
         rows: for the Gram matrices; the rows that find ranges.
+        widest: layers of more inputs are left out.
     """
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     wanted = []
@@ -227,7 +234,7 @@ def round_weights(
         shape = tuple(weights[layer.weight].dims)
         groups = _groups(proto.graph.node[layer.node]) if layer.kind == "Conv" else 1
         inputs = int(np.prod(shape[1:])) if layer.kind == "Conv" else shape[1 - layer.axis]
-        if inputs <= _WIDEST:
+        if inputs <= widest:
             wanted.append((layer, groups, inputs))
     result: dict[int, Rounded] = {}
     while wanted:

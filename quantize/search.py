@@ -30,6 +30,7 @@ import onnx
 
 from quantize import cost, runtime
 from quantize.alone import open_alone
+from quantize.bargains import Form, Step, enough, modes_after, steps_of
 from quantize.calibrate import RULES, Calibration, Range, calibrate, ranges_by, ranges_each
 from quantize.compare import Comparison
 from quantize.config import Budget
@@ -38,26 +39,29 @@ from quantize.errors import BadModel
 from quantize.int8 import (
     Candidate,
     Int8Model,
-    Layer,
     LayerFacts,
-    Mode,
-    Plan,
     Recipe,
+    Rounded,
     nearest,
-    plan_of,
     static_recipe,
     weight_scale,
     write_int8,
 )
 from quantize.load import Rows
+from quantize.plan import Layer, Mode, Plan, plan_of
 from quantize.prepare import PreparedModel
-from quantize.recover import channel_axes, equalize, round_weights
+from quantize.recover import WIDEST, channel_axes, equalize, round_weights
 from quantize.weights import array_of, save
 
 DYNAMIC: Final = "dynamic int8 (MatMul, Gemm, LSTM)"
 FLOAT: Final = "fp32"
-_MARGIN: Final = 2.0  # dB: other rows than those that chose came out up to so much worse
+STORED: Final = "weights int8, computed in fp32"
 _IMPROVES: Final = 0.1  # dB that make a recovery worth keeping
+_LEAST_SQUARES: Final = "least-squares weights"
+_STORED_SHARE: Final = 0.7  # of the noise allowed: 1.5 dB inside the budget, the rest is for activations
+_MEMORY_WEIGHT: Final = 0.25  # of memory against file and time: half of it is worth a sixth of the file
+_LEAST_WIN: Final = 1.05  # a layer's time and bytes count, even where all of them together win nothing
+_SAME_TIME: Final = 1 + 1e-9  # the same nodes in another order add up to another last digit
 _PER_TENSOR_COSTS: Final = 0.5  # dB: what fewer scales may cost
 _FAST_RULES: Final = ("min-max", "min-max x2", "99.99 %")
 _EACH: Final = "chosen per tensor"
@@ -69,6 +73,7 @@ _APART: Final = 2.0  # dB between a candidate and the next more careful one
 _MOST_MODELS: Final = 5
 _RANGE_MACS: Final = 400e9  # multiply-accumulates of the pass that finds ranges; more rows are drawn from
 _GRAM_ROWS: Final = 1024
+_WIDEST_FAST: Final = 1152  # inputs of a layer that is rounded by least squares: 128 channels of 3 x 3
 
 
 T = TypeVar("T")
@@ -156,10 +161,11 @@ def search(
     work = _Search(model, observed, judge, budget, folder, target, fast=fast)
     if observed.plan.layers:
         best = work.best_ranges()
-        if best is not None and not fast:
-            best = work.recovered(best)
         if best is not None:
-            if best.comparison.inside(budget, _MARGIN):
+            best = work.recovered(best)
+        work.nothing_computed(best)
+        if best is not None:
+            if best.comparison.inside(budget):
                 work.fewer_scales(best)
             else:
                 work.fewer_layers(best)
@@ -178,6 +184,7 @@ class _Trial:
     size: int
     comparison: Comparison
     seconds: float | None = None
+    loaded: int = 0  # bytes of weights and graph in memory, about
     problem: str | None = None
 
 
@@ -201,6 +208,8 @@ class _Search:
         self._trials: list[_Trial] = []
         self._candidates: dict[str, Candidate] = {}
         self._alone: dict[tuple[int, Mode], float] = {}  # noise power of one layer, relative
+        self._rounded: Mapping[int, Rounded] = {}  # for the graph of the best static form
+        self._stored: _Trial | None = None
         self._float_path = folder / "fp32.onnx"
         save(model.proto, self._float_path)
         self._float_size = self._float_path.stat().st_size
@@ -284,7 +293,7 @@ class _Search:
         rules: dict[str, Mapping[str, Range]] = {
             rule: ranges_by(rule, found) for rule in (_FAST_RULES if self._fast else RULES)
         }
-        rules[_EACH] = ranges_each(found, self._observed.held_out)
+        rules[_EACH] = ranges_each(rules.values(), self._observed.held_out)
         tried = self.attempts(
             [
                 (
@@ -302,18 +311,24 @@ class _Search:
 
     def recovered(self, best: _Trial) -> _Trial:
         """Equalize and round by least squares; each is kept if it comes closer."""
-        rows = self._observed.rows
-        rows = rows.take(np.arange(len(rows))[:: max(len(rows) // _GRAM_ROWS, 1)])
         rule = best.name.rpartition("ranges ")[2]
-        if (equalized := self._equalized(rule)) is not None:
+        if not self._fast and (equalized := self._equalized(rule)) is not None:
             best = self._closer(best, equalized)
-        recipe = best.recipe
-        rounded = round_weights(self._model, best.graph, self._plan, recipe, rows)
-        if rounded:
-            name = f"{best.name}, least-squares weights"
-            best = self._closer(best, self.attempt(name, replace(recipe, rounded=rounded), best.graph))
+        self._round(best.graph, best.recipe)
+        if self._rounded and not self._fast:
+            name = f"{best.name}, {_LEAST_SQUARES}"
+            recipe = replace(best.recipe, rounded=self._rounded)
+            best = self._closer(best, self.attempt(name, recipe, best.graph))
         self._drop_files([best])
         return best
+
+    def _round(self, graph: onnx.ModelProto, recipe: Recipe) -> None:
+        rows = self._observed.rows
+        rows = rows.take(
+            np.arange(len(rows))[:: max(len(rows) // (_GRAM_ROWS // (16 if self._fast else 1)), 1)]
+        )
+        widest = _WIDEST_FAST if self._fast else WIDEST
+        self._rounded = round_weights(self._model, graph, self._plan, recipe, rows, widest)
 
     def _equalized(self, rule: str) -> _Trial | None:
         graph = equalize(self._model.proto, self._plan, self._observed.ranges.channels)
@@ -329,6 +344,35 @@ class _Search:
         if other is None or _closeness(other) < _closeness(best) + _IMPROVES:
             return best
         return other
+
+    # -- int8 in the file only ------------------------------------------------------------------------
+
+    def nothing_computed(self, best: _Trial | None) -> None:
+        """All weights stored in INT8 and computed with in float: what layers rest in that cannot be INT8."""
+        modes = self._plan.resting()
+        if Mode.STORED not in modes.values():
+            return
+        graph = self._model.proto if best is None else best.graph
+        plain = Recipe(modes=modes, ranges={})
+        if best is None:
+            self._round(graph, plain)
+        wanted = [] if self._fast and self._rounded else [(STORED, plain, graph)]
+        if self._rounded:
+            wanted.append((f"{STORED}, {_LEAST_SQUARES}", replace(plain, rounded=self._rounded), graph))
+        tried = [trial for trial in self.attempts(wanted) if trial is not None]
+        self._stored = max(tried, key=_closeness, default=None)
+
+    def _rests_stored(self) -> bool:
+        """Whether storing every layer takes so little of the budget that no layer needs to be asked alone."""
+        return self._stored is not None and self._noise_of(self._stored) <= _STORED_SHARE * self._allowed()
+
+    def _allowed(self) -> float:
+        """Noise power, relative, that the budget allows these rows to have."""
+        return float(10 ** (-self._budget.min_sqnr / 10))
+
+    @staticmethod
+    def _noise_of(trial: _Trial) -> float:
+        return float(10 ** (-trial.comparison.least_sqnr / 10))
 
     # -- inside the budget ----------------------------------------------------------------------------
 
@@ -372,21 +416,28 @@ class _Search:
     # -- outside the budget ---------------------------------------------------------------------------
 
     def fewer_layers(self, best: _Trial) -> None:
-        """Raise layers to dynamic or float, the worst bargains first, as few as the budget needs."""
+        """Raise layers to dynamic, stored or float, the worst bargains first, as few as the budget needs."""
         self._probe_alone(best)
-        steps = self._steps(best)
+        steps = steps_of(self._forms(best))
         if not steps:
             return
+        # The spread of the rows is about that of the best form in any other.
+        sure = 10 ** ((best.comparison.least_sqnr - best.comparison.sqnr) / 10)
+        floor = self._noise_of(self._stored) if self._stored is not None and self._rests_stored() else 0.0
+
+        def expected(stricter: float) -> int:
+            return enough(steps, floor * sure, self._allowed() * sure * 10 ** (-stricter / 10))
+
         low, high = 0, len(steps)  # low is outside; high is not known to be inside
         inside: _Trial | None = None
-        first = self._expected(steps)
-        for turn in range(_BISECTIONS):
+        first = expected(0.0)
+        for turn in range(_BISECTIONS // (2 if self._fast else 1)):
             if high - low <= 1 and inside is not None:
                 break
             middle = first if turn == 0 else (low + high + (inside is None)) // 2
             middle = min(max(middle, low + 1), high)
             trial = self._raised(best, steps[:middle])
-            if trial is not None and trial.comparison.inside(self._budget, _MARGIN):
+            if trial is not None and trial.comparison.inside(self._budget):
                 high, inside, used = middle, trial, steps[:middle]
             elif middle == high:
                 break
@@ -395,8 +446,7 @@ class _Search:
         if inside is None:
             return
         stricter = _STRICTER[1:] if self._fast else _STRICTER
-        expected = [self._expected(steps, dB) for dB in (0.0, *stricter)]
-        counts = (len(used) + max(more - expected[0], 1) for more in expected[1:])
+        counts = (len(used) + max(expected(more) - first, 1) for more in stricter)
         for count in dict.fromkeys(min(count, len(steps)) for count in counts):
             self._raised(best, steps[:count])
         if not self._fast:
@@ -404,15 +454,22 @@ class _Search:
 
     def _probe_alone(self, best: _Trial) -> None:
         """The noise of each layer alone, from its INT8 form with all others in float."""
+        plan = self._plan
+        if self._rests_stored():
+            asked = (
+                replace(layer, modes=tuple(mode for mode in layer.modes if mode is not Mode.STORED))
+                for layer in plan.layers
+            )
+            plan = replace(plan, layers=tuple(layer for layer in asked if layer.modes))
         wanted = [
             (layer, mode)
-            for layer in self._plan.layers
+            for layer in plan.layers
             for mode in layer.modes
             if (layer.node, mode) not in self._alone
         ]
         nothing = {layer.node: Mode.FLOAT for layer in self._plan.layers}
         try:
-            together = open_alone(best.graph, self._plan, best.recipe)
+            together = open_alone(best.graph, plan, self._with_rounded(best.recipe))
         except Exception:  # whatever onnx or onnxruntime raises: one of them does not load, which one?
             together = None
 
@@ -422,7 +479,7 @@ class _Search:
                 if together is not None:
                     found = self._judge.probe(together.switched(one))
                 else:
-                    recipe = replace(best.recipe, modes={**nothing, layer.node: mode})
+                    recipe = self._with_rounded(replace(best.recipe, modes={**nothing, layer.node: mode}))
                     found = self._judge.probe(write_int8(best.graph, self._plan, recipe))
             except Exception:  # whatever onnx or onnxruntime raises: this layer stays float
                 return math.inf
@@ -431,97 +488,107 @@ class _Search:
         for (layer, mode), power in zip(wanted, in_threads(noise, wanted), strict=True):
             self._alone[layer.node, mode] = power
 
-    def _steps(self, best: _Trial) -> list[tuple[Layer, Mode, float]]:
-        """Layers to raise with the form they get and the noise that takes away, worst bargain first."""
-        graph = self._model.proto.graph
-        saved = {
-            layer.node: cost.saving_of(
-                graph.node[layer.node], self._observed.sizes, self._weights, self._target
-            )
-            for layer in self._plan.layers
-        }
+    def _forms(self, best: _Trial) -> Iterable[tuple[Layer, list[Form]]]:
+        """Of every layer the forms it can take, that of ``best`` first, with noise and loss."""
+        saved = {layer.node: self._saved(layer) for layer in self._plan.layers}
         seconds = sum(found[0] for found in saved.values()) or 1.0
         size = sum(found[1] for found in saved.values()) or 1.0
-        steps = []
+        # What is ranked in the end is size times time: how much of its logarithm all layers together win.
+        wins_time = math.log(max(self._float_seconds / self._running(best)[0], _LEAST_WIN))
+        wins_size = math.log(max(self._float_size / best.size, _LEAST_WIN))
         for layer in self._plan.layers:
-            mode = best.recipe.modes[layer.node]
-            now = self._alone.get((layer.node, mode), 0.0)
-            dynamic = self._alone.get((layer.node, Mode.DYNAMIC), math.inf)
             # Every layer in float costs something besides: Q and DQ at its borders.
-            gain = saved[layer.node][0] / seconds + saved[layer.node][1] / size + 1 / len(self._plan.layers)
-            if mode is Mode.STATIC and dynamic < now / 2:
-                steps.append((now - dynamic, gain / 4, layer, Mode.DYNAMIC))  # most of the gain stays
-                steps.append((dynamic, gain, layer, Mode.FLOAT))
-            else:
-                steps.append((now, gain, layer, Mode.FLOAT))
-        # A layer's second step is never a better bargain than its first: the order stays possible.
-        steps.sort(key=lambda step: (-step[0] / step[1], step[2].node, step[3] is Mode.FLOAT))
-        return [(layer, mode, noise) for noise, _, layer, mode in steps]
+            time = wins_time * (saved[layer.node][0] / seconds + 1 / len(self._plan.layers))
+            memory = wins_size * saved[layer.node][1] / size
+            losses = {
+                Mode.DYNAMIC: (time + memory) / 4,  # most of the gain stays
+                Mode.STORED: time,
+                Mode.FLOAT: time + memory,
+            }
+            start = best.recipe.modes[layer.node]
+            now = Form(start, self._alone.get((layer.node, start), 0.0), losses.get(start, 0.0))
+            others = [
+                # Not asked alone: what all of them together make is little, and known.
+                Form(mode, self._alone.get((layer.node, mode), 0.0), losses[mode])
+                for mode in layer.modes
+                if mode is not start and mode is not Mode.STATIC
+            ]
+            yield layer, [now, *others, Form(Mode.FLOAT, 0.0, losses[Mode.FLOAT])]
 
-    def _expected(self, steps: Sequence[tuple[Layer, Mode, float]], stricter: float = 0.0) -> int:
-        """How many steps should be enough for the budget and some dB if the noises of layers just add up."""
-        wanted = 10 ** (-(self._budget.min_sqnr + _MARGIN + stricter) / 10)
-        left = sum(noise for _, _, noise in steps if math.isfinite(noise))
-        for count, (_, _, noise) in enumerate(steps):
-            if left <= wanted:
-                return count
-            left -= noise if math.isfinite(noise) else 0.0
-        return len(steps)
+    def _running(self, trial: _Trial) -> tuple[float, int]:
+        """On the target: seconds of a row by the cost model, and bytes of the graph in memory."""
+        fused = cost.fused_for(self._target, trial.path, self._folder / "arm.onnx")
+        return cost.cost_of(fused, self._observed.sizes, self._target).seconds, fused.ByteSize()
 
-    def _raised(self, best: _Trial, steps: Sequence[tuple[Layer, Mode, float]]) -> _Trial | None:
-        modes = dict(best.recipe.modes)
-        for layer, mode, _ in steps:
-            modes[layer.node] = mode
-        recipe = replace(best.recipe, modes=modes)
+    def _saved(self, layer: Layer) -> tuple[float, int]:
+        """Seconds of a row and bytes that INT8 saves in this layer."""
+        node = self._model.proto.graph.node[layer.node]
+        return cost.saving_of(node, self._observed.sizes, self._weights, self._target)
+
+    def _raised(self, best: _Trial, steps: Sequence[Step]) -> _Trial | None:
+        modes = modes_after(best.recipe.modes, steps)
+        recipe = self._with_rounded(replace(best.recipe, modes=modes))
         if all(mode is Mode.FLOAT for mode in modes.values()):
             return None
-        return self.attempt(f"{best.name}, {_shares(recipe)}", recipe, best.graph)
+        base = best.name.removesuffix(f", {_LEAST_SQUARES}") + (
+            f", {_LEAST_SQUARES}" if recipe.rounded else ""
+        )
+        return self.attempt(f"{base}, {_shares(recipe)}", recipe, best.graph)
 
-    def _put_back(self, best: _Trial, used: Sequence[tuple[Layer, Mode, float]]) -> None:
-        """Of the layers raised, the largest may not have been needed after all."""
+    def _with_rounded(self, recipe: Recipe) -> Recipe:
+        """The recipe with least-squares weights, if those alone are closer: noise of activations hides it."""
+        if self._stored is None or not self._stored.recipe.rounded:
+            return recipe
+        return replace(recipe, rounded=self._rounded)
+
+    def _put_back(self, best: _Trial, used: Sequence[Step]) -> None:
+        """Of the layers raised, those that lose most may not have been needed after all."""
         kept = list(used)
-        by_size = sorted(used, key=lambda step: (-step[0].parameters, step[0].node))
-        for step in by_size[:_PUT_BACK]:
-            fewer = [other for other in kept if other[0].node != step[0].node]
+        by_loss = sorted(
+            used, key=lambda step: (*(-saved for saved in self._saved(step.layer)), step.layer.node)
+        )
+        for step in by_loss[:_PUT_BACK]:
+            fewer = [other for other in kept if other.layer.node != step.layer.node]
             if not fewer or len(fewer) == len(kept):
                 continue
             trial = self._raised(best, fewer)
-            if trial is not None and trial.comparison.inside(self._budget, _MARGIN):
+            if trial is not None and trial.comparison.inside(self._budget):
                 kept = fewer
 
     # -- the dynamic form, and the end ----------------------------------------------------------------
 
     def dynamic(self) -> None:
-        """Dense and recurrent layers dynamic, the others float."""
-        modes = self._plan.dynamic()
-        if any(mode is Mode.DYNAMIC for mode in modes.values()):
-            self.attempt(DYNAMIC, Recipe(modes=modes, ranges={}), self._model.proto)
+        """Dense and recurrent layers dynamic, the others stored or float."""
+        tried: Mapping[int, Mode] = {}
+        for rest in (Mode.STORED, Mode.FLOAT):
+            modes = self._plan.dynamic(rest)
+            if Mode.DYNAMIC not in modes.values() or (rest is Mode.FLOAT and modes == tried):
+                return
+            tried = modes
+            recipe, graph = Recipe(modes=modes, ranges={}), self._model.proto
+            if self._stored is not None and self._stored.recipe.rounded:
+                recipe, graph = replace(recipe, rounded=self._rounded), self._stored.graph
+            others = len(modes) > recipe.count(Mode.DYNAMIC)
+            name = f"{DYNAMIC}, {_shares(recipe)}" if others else DYNAMIC
+            trial = self.attempt(name, recipe, graph)
+            if trial is not None and trial.problem is None:
+                return
 
     def found(self) -> Found:
         """The best of what is inside, then more careful ones, then FP32."""
         inside = [trial for trial in self._trials if trial.problem is None and trial.path.exists()]
+        if not inside:  # too few rows to be sure of anything: then what they are themselves
+            inside = [trial for trial in self._trials if self._nearly(trial) and trial.path.exists()]
         for trial in inside:
-            fused = cost.fused_for(self._target, trial.path, self._folder / "arm.onnx")
-            trial.seconds = cost.cost_of(fused, self._observed.sizes, self._target).seconds
-            if trial.seconds > self._float_seconds:
+            trial.problem = None
+            trial.seconds, trial.loaded = self._running(trial)
+            if trial.seconds > self._float_seconds * _SAME_TIME:
                 trial.problem = (
                     f"slower than FP32 on {self._target.name}: {trial.seconds * 1e6:.0f} us instead of "
                     f"{self._float_seconds * 1e6:.0f} us a row by the cost model"
                 )
             self._note(trial)
-        chosen: list[_Trial] = []
-        for trial in sorted((trial for trial in inside if trial.problem is None), key=self._rank):
-            # Each is more careful than the one before, by enough to make a difference.
-            if len(chosen) == _MOST_MODELS or (
-                chosen and _closeness(trial) < _closeness(chosen[-1]) + _APART
-            ):
-                continue
-            trial.comparison = self._judge.selection(trial.path)
-            if not trial.comparison.inside(self._budget):
-                trial.problem = f"outside the budget on all rows for choosing: {trial.comparison.verdict()}"
-            else:
-                chosen.append(trial)
-            self._note(trial)
+        chosen = self._ladder(sorted((trial for trial in inside if trial.problem is None), key=self._rank))
         comparison = self._judge.itself()
         if comparison.sqnr < 0:
             raise BadModel("the FP32 model itself gives outputs that are not finite on the calibration rows")
@@ -535,16 +602,36 @@ class _Search:
         candidates = tuple(self._candidates.values())
         return Found((*(self._int8(trial, candidates) for trial in chosen), self._fp32(candidates)))
 
-    def _rank(self, trial: _Trial) -> tuple[bool, float]:
+    def _ladder(self, ranked: Sequence[_Trial]) -> list[_Trial]:
+        """The best, then ever more careful ones, by enough to make a difference; the most careful last."""
+        careful = max(ranked, key=_surely, default=None)
+        chosen: list[_Trial] = []
+        for trial in ranked:
+            above = not chosen or _surely(trial) >= _surely(chosen[-1]) + _APART
+            last = trial is careful and (not chosen or _surely(trial) > _surely(chosen[-1]))
+            if not last and (not above or len(chosen) >= _MOST_MODELS - 1):
+                continue
+            trial.comparison = self._judge.selection(trial.path)
+            if trial.comparison.inside(self._budget, surely=False):
+                chosen.append(trial)
+            else:
+                trial.problem = f"outside the budget on all rows for choosing: {trial.comparison.verdict()}"
+            self._note(trial)
+        return chosen
+
+    def _nearly(self, trial: _Trial) -> bool:
+        return trial.size < self._float_size and trial.comparison.inside(self._budget, surely=False)
+
+    @staticmethod
+    def _rank(trial: _Trial) -> float:
         assert trial.seconds is not None
-        careful = trial.comparison.inside(self._budget, _MARGIN)
-        return not careful, math.log(trial.size) + math.log(trial.seconds)
+        return math.log(trial.size) + math.log(trial.seconds) + _MEMORY_WEIGHT * math.log(trial.loaded)
 
     def _int8(self, trial: _Trial, candidates: tuple[Candidate, ...]) -> Int8Model:
         return Int8Model(
             path=trial.path,
             name=trial.name,
-            precision="int8",
+            precision="int8" if _computes(trial.recipe) else "int8 weights",
             size=trial.size,
             plan=self._plan,
             candidates=candidates,
@@ -605,6 +692,10 @@ def _closeness(trial: _Trial) -> float:
     return trial.comparison.sqnr
 
 
+def _surely(trial: _Trial) -> float:
+    return trial.comparison.least_sqnr
+
+
 def _db(power: float) -> float:
     return round(-10 * math.log10(max(power, 1e-20)), 2)
 
@@ -612,6 +703,9 @@ def _db(power: float) -> float:
 def _shares(recipe: Recipe) -> str:
     total = len(recipe.modes)
     parts = [f"{recipe.count(Mode.FLOAT)} of {total} layers fp32"]
-    if dynamic := recipe.count(Mode.DYNAMIC):
-        parts.append(f"{dynamic} dynamic")
+    parts += [f"{count} {mode}" for mode in (Mode.STORED, Mode.DYNAMIC) if (count := recipe.count(mode))]
     return ", ".join(parts)
+
+
+def _computes(recipe: Recipe) -> bool:
+    return bool(recipe.count(Mode.STATIC) + recipe.count(Mode.DYNAMIC))

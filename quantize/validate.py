@@ -31,15 +31,17 @@ from quantize.config import Budget, Threshold
 from quantize.cost import Sizes
 from quantize.decide import Scored, threshold_of
 from quantize.errors import BadData
-from quantize.int8 import Candidate, Int8Model, Mode, write_int8
+from quantize.int8 import Candidate, Int8Model, write_int8
 from quantize.load import Rows
+from quantize.plan import Mode
 from quantize.prepare import PreparedModel
 from quantize.search import Found
 
-_RANGES_SHARE: Final = 0.7  # of the calibration rows find ranges, the others choose
+_RANGES_SHARE: Final = 0.7  # of the calibration rows find ranges, with validation data
+_RANGES_SHARE_ALONE: Final = 0.6  # without it: the others choose and judge, which bounds need rows for
 _SPLIT_SEED: Final = 20
-_FEW_ROWS: Final = 100  # of the final judgement: rows that nothing has seen came out 2 dB worse
-_MARGIN: Final = 2.0  # dB
+_STRETCHES: Final = 24  # of consecutive rows that the parts are made of, if there are as many rows; or more,
+_LONGEST_STRETCH: Final = 32  # rows: none is longer
 _TURNS: Final = 15
 _RUNS_A_TURN: Final = 40
 _SECONDS_AT_MOST: Final = 1.0
@@ -61,23 +63,28 @@ class Parts:
 def split(calibration: Rows, validation: Rows | None) -> Parts:
     """Cut the data into disjoint parts, the same way for the same number of rows.
 
-    Without validation data the rows of the final judgement are a part of the calibration rows.
+    Without validation data the rows of the final judgement are a part of the calibration rows. Rows of a
+    recording are like their neighbours: parts are made of stretches, or each would have a row beside every
+    row of the others, and would judge what was chosen by nearly the same rows.
     """
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(calibration))
-    cut = max(1, round(_RANGES_SHARE * len(calibration)))
-    ranges, rest = np.sort(order[:cut]), np.sort(order[cut:])
+    length = int(np.clip(len(calibration) // _STRETCHES, 1, _LONGEST_STRETCH))
+    order = np.random.default_rng(_SPLIT_SEED).permutation(-(-len(calibration) // length))
+    share = _RANGES_SHARE_ALONE if validation is None else _RANGES_SHARE
+    cut = max(1, round(share * len(order)))
+
+    def rows(stretches: np.ndarray) -> Rows:
+        starts = np.sort(stretches)[:, None] * length
+        places = (starts + np.arange(length)).reshape(-1)
+        return calibration.take(places[places < len(calibration)])
+
+    ranges, rest = rows(order[:cut]), order[cut:]
     if validation is None:
-        return Parts(
-            calibration,
-            calibration.take(ranges),
-            calibration.take(rest[0::2]),
-            calibration.take(rest[1::2]),
-        )
+        return Parts(calibration, ranges, rows(rest[0::2]), rows(rest[1::2]))
     by_label = np.arange(len(validation))
     if validation.labels is not None:
         by_label = np.argsort(validation.labels, kind="stable")  # both halves get their share of bad rows
     first, second = np.sort(by_label[0::2]), np.sort(by_label[1::2])
-    return Parts(calibration, calibration.take(ranges), validation.take(first), validation.take(second))
+    return Parts(calibration, ranges, validation.take(first), validation.take(second))
 
 
 def check_metric(budget: Budget, model: PreparedModel, parts: Parts) -> None:
@@ -268,23 +275,22 @@ class Verdict:
 
 
 def settle(found: Found, judge: Judge, parts: Parts, budget: Budget) -> Int8Model:
-    """The first of ``found`` that is inside the budget on the rows of the final judgement, or FP32.
+    """The first of ``found`` that the rows of the final judgement say is inside the budget, or FP32.
 
-    Few rows say little of others: where one of ``found`` is inside by a margin, that one is taken.
+    Where they are too few to be sure of any, the closest is taken that is inside on them.
     """
     candidates = found.models[0].candidates
     comparisons = [judge.judge(model.path, parts.judgement).comparison for model in found.models[:-1]]
-    margin = _MARGIN if len(parts.judgement) < _FEW_ROWS else 0.0
-    sure = any(comparison.inside(budget, margin) for comparison in comparisons)
-    for model, comparison in zip(found.models, comparisons, strict=False):
-        if comparison.inside(budget, margin if sure else 0.0):
-            return replace(model, candidates=candidates)
-        close = "nearly " if comparison.inside(budget) else ""
-        problem = f"{close}outside the budget on the rows of the final judgement: {comparison.verdict()}"
+    chosen = next((index for index, one in enumerate(comparisons) if one.inside(budget)), None)
+    if chosen is None:
+        nearly = [index for index, one in enumerate(comparisons) if one.inside(budget, surely=False)]
+        chosen = max(nearly, key=lambda index: comparisons[index].sqnr, default=len(comparisons))
+    for model, comparison in zip(found.models[:chosen], comparisons, strict=False):
+        problem = f"outside the budget on the rows of the final judgement: {comparison.verdict()}"
         candidates = tuple(
             replace(one, problem=problem) if one.name == model.name else one for one in candidates
         )
-    last = found.models[-1]
+    last = found.models[chosen]
     if all(one.name != last.name for one in candidates):
         known = Candidate(name=last.name, size=last.size, predicted_seconds=last.predicted_seconds)
         candidates = (*candidates, known)

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 from quantize import compare, runtime
 from quantize.alone import open_alone
 from quantize.calibrate import calibrate
-from quantize.int8 import Mode, plan_of, static_recipe, write_int8
+from quantize.int8 import static_recipe, write_int8
+from quantize.plan import Mode, plan_of
 from tests.quantize import models
 from tests.quantize.test_search import Case
 

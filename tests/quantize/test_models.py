@@ -18,8 +18,9 @@ from edge_agent.update.selftest import run_self_test
 from quantize import compare, runtime
 from quantize.calibrate import calibrate
 from quantize.config import PrepareConfig, Scale
-from quantize.int8 import plan_of, static_recipe, write_int8
+from quantize.int8 import static_recipe, write_int8
 from quantize.load import load_model, load_rows
+from quantize.plan import plan_of
 from quantize.prepare import prepare
 from quantize.validate import kernels_on_arm
 from tests.quantize import models
@@ -148,7 +149,7 @@ def test_an_impossible_budget_ships_float_and_says_why_for_each_candidate(autoen
     assert found["precision"] == "fp32"
     *passed_over, chosen = found["candidates"]
     kinds = {tried["name"].split(",")[0] for tried in passed_over}
-    assert kinds == {"static int8", "dynamic int8 (MatMul"}
+    assert kinds == {"static int8", "dynamic int8 (MatMul", "weights int8"}
     assert all("outside the budget" in tried["problem"] for tried in passed_over)
     assert chosen["problem"] is None
 

@@ -41,8 +41,11 @@ def test_scores_far_above_the_threshold_do_not_hide_the_others():
     ("comparison", "inside"),
     [
         (Comparison(rows=9, sqnr=30, agreement=0.5), True),
-        (Comparison(rows=100, sqnr=10, agreement=0.995), True),
-        (Comparison(rows=99, sqnr=10, agreement=1.0), False),  # of which 99 % could not be told
+        (Comparison(rows=9, sqnr=30, sqnr_low=24.9, agreement=0.5), False),  # so few say little
+        (Comparison(rows=9, sqnr=27, sqnr_low=25.1, agreement=0.5), True),
+        (Comparison(rows=400, sqnr=10, agreement=1.0, agreement_low=0.993), True),
+        (Comparison(rows=99, sqnr=10, agreement=1.0, agreement_low=0.973), False),
+        (Comparison(rows=400, sqnr=9, agreement=1.0, agreement_low=0.993), False),  # a constant agrees, too
         (Comparison(rows=9, sqnr=10, agreement=0.9), False),
         (Comparison(rows=9, sqnr=10, agreement=None), False),
         (Comparison(rows=9, sqnr=40, agreement=1, auc_reference=0.95, auc=0.92), False),

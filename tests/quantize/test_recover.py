@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quantize import compare, recover, runtime
 from quantize.calibrate import calibrate
-from quantize.int8 import plan_of, static_recipe, write_int8
+from quantize.int8 import static_recipe, write_int8
+from quantize.plan import plan_of
 from tests.quantize import models
 from tests.quantize.test_search import Case
 
