@@ -133,7 +133,7 @@ def golden_of(
             (runtime.ARM_GRAPH, whole, alone),
         )
     ]
-    part = _FLOAT_TOLERANCE if int8.precision == "fp32" else _INT8_TOLERANCE
+    part = _INT8_TOLERANCE if int8.precision == "int8" else _FLOAT_TOLERANCE
     floats = {name: values.astype(np.float64) for name, values in outputs.items() if values.dtype.kind == "f"}
     # Of the typical magnitude, not of the largest: rows far outside score a thousand times higher.
     typical = max((float(np.median(np.abs(values))) for values in floats.values()), default=0.0)

@@ -19,6 +19,7 @@ from quantize.compare import IDENTICAL
 
 _WIDTH: Final = 720
 _HEIGHT: Final = 300
+_COMPUTED_IN_FLOAT: Final = ("fp32", "stored")
 _LEFT: Final = 64
 _RIGHT: Final = 20
 _TOP: Final = 28
@@ -116,7 +117,7 @@ def _head(facts: Mapping[str, Any], title: str) -> str:
 
 def _before_after(facts: Mapping[str, Any]) -> str:
     int8, found = facts["int8"], facts["comparison"]
-    chosen = "INT8" if int8["precision"] == "int8" else "FP32"
+    chosen = int8["precision"].upper()
     rows = [("Size", _bytes(facts["source"]["bytes"]), _bytes(int8["bytes"]))]
     latency = facts.get("latency")
     if latency:
@@ -142,6 +143,8 @@ def _before_after(facts: Mapping[str, Any]) -> str:
     if found.get("agreement") is not None:
         rows.append(("Same decision as FP32", "", f"{found['agreement']:.1%}"))
     rows.append(("Signal to quantization noise", "", decibels(found["sqnr"])))
+    if found.get("sqnr_low") is not None:
+        rows.append(("on other rows above (95 of 100 times)", "", decibels(found["sqnr_low"])))
     note = ""
     if latency and latency["timed"] != "the bundle's model":
         note = f'<p class="soft">Latency of INT8 is that of {escape(latency["timed"])}.</p>'
@@ -236,7 +239,7 @@ def _layers(facts: Mapping[str, Any]) -> str:
         for index, (layer, value) in enumerate(drawn):
             y = _TOP + index * _BAR
             start, end = sorted((left + (0 - low) * scale, left + (value - low) * scale))
-            kind = "hollow" if layer["mode"] == "float" else "bars"
+            kind = "hollow" if layer["mode"] in _COMPUTED_IN_FLOAT else "bars"
             marks.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(names[index])}</text>')
             marks.append(
                 f'<rect class="{kind}" x="{start:.1f}" y="{y + 3}" width="{max(end - start, 1):.1f}" '
@@ -264,7 +267,7 @@ def _layers(facts: Mapping[str, Any]) -> str:
         "<h2>Error per layer</h2>"
         + svg
         + '<p class="soft">Signal to noise at each layer\'s output in the written file, everything before it included; '
-        f"higher is better. Open bars stayed FP32.{fewer}</p><details><summary>All layers</summary>"
+        f"higher is better. Open bars are computed in FP32.{fewer}</p><details><summary>All layers</summary>"
         + _table(["layer", "kind", "runs as", "weights", "alone", "in the file"], rows)
         + "</details>"
     )
@@ -317,17 +320,17 @@ def _scores(facts: Mapping[str, Any]) -> str:
 
 def _in_float(facts: Mapping[str, Any]) -> str:
     lines = [
-        f"<li><code>{escape(layer['name'])}</code> ({escape(layer['kind'])}): "
+        f"<li><code>{escape(layer['name'])}</code> ({escape(layer['kind'])}, {escape(layer['mode'])}): "
         f"{escape(layer.get('why') or 'has no INT8 form')}</li>"
         for layer in facts["int8"].get("layer_facts") or ()
-        if layer["mode"] == "float"
+        if layer["mode"] in _COMPUTED_IN_FLOAT
     ]
     passed = [
         f"<li>{escape(tried['name'])}: {escape(tried['problem'])}</li>"
         for tried in facts["int8"]["candidates"]
         if tried.get("problem")
     ]
-    text = "<h2>What stayed FP32, and why</h2>"
+    text = "<h2>What is computed in FP32, and why</h2>"
     if facts["int8"]["precision"] == "fp32":
         text += "<p>Everything: no INT8 candidate was good enough, so the bundle carries the FP32 model.</p>"
     elif lines:

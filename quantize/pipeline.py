@@ -31,9 +31,10 @@ from quantize.fallback import Fallback
 from quantize.graph import opset_of
 from quantize.int8 import Int8Model
 from quantize.load import FloatModel, load_data, load_model
+from quantize.observe import observe
 from quantize.prepare import PreparedModel, prepare
 from quantize.prune import Pruned, check_target_size, prune, unpruned
-from quantize.search import observe, search
+from quantize.search import search
 from quantize.staging import staging
 from quantize.validate import Judge, Parts, Verdict, check_batches, check_metric, settle, split, validate
 from quantize.verify import verify_bundle

@@ -145,7 +145,7 @@ def member(
 def _layer_facts(int8: Int8Model, inputs: Mapping[str, np.ndarray], batch: int) -> list[dict[str, Any]]:
     """What became of each layer, and how far its output is off in the written file."""
     errors: dict[str, float] = {}
-    if int8.precision == "int8":
+    if int8.precision != "fp32":
         errors = verify.layer_errors(int8.graph, onnx.load(int8.path), inputs, batch)
     outputs = {layer.name: int8.graph.graph.node[layer.node].output[0] for layer in int8.plan.layers}
     return [
@@ -278,7 +278,7 @@ def table(
 ) -> str:
     """Before and after, for the terminal."""
     latency, found = verdict.latency, verdict.comparison
-    chosen = "INT8" if int8.precision == "int8" else "FP32"
+    chosen = int8.precision.upper()
     lines = [
         ("", "FP32", chosen, ""),
         (
@@ -305,7 +305,8 @@ def table(
     if verdict.threshold is not None and verdict.threshold_reference is not None:
         before, after = f"{verdict.threshold_reference:.5g}", f"{verdict.threshold:.5g}"
         lines.append(("threshold", before, after, str(config.threshold)))
-    lines.append(("SQNR", "", page.decibels(found.sqnr), "signal to quantization noise"))
+    low = "" if found.sqnr_low is None else f", others above {page.decibels(found.sqnr_low)}"
+    lines.append(("SQNR", "", page.decibels(found.sqnr), f"signal to quantization noise{low}"))
     if found.agreement is not None:
         lines.append(("same decision", "", f"{found.agreement:.1%}", f"of {found.rows} rows"))
     if fallback is not None:
@@ -318,6 +319,8 @@ def table(
     if int8.precision == "fp32":
         why = "No INT8 candidate was good enough" if int8.plan.layers else "Nothing in it can be INT8"
         text.append(f"  {why}: the bundle carries the FP32 model.")
+    if int8.precision == "int8 weights":
+        text.append("  Weights are INT8 in the file; it computes in FP32, at its speed and in its memory.")
     if latency.timed != "the bundle's model":
         text.append(f"  Latency of INT8 is that of {latency.timed}.")
     text.append(

@@ -9,11 +9,15 @@ The idea, in order:
 
 1. all layers INT8, with every way to choose ranges: the closest goes on;
 2. equalization and least-squares rounding, each kept if it comes closer (``recover``);
-3. inside the budget: fewer scales where that costs next to nothing;
-   outside: every layer is made INT8 alone, and what its noise buys in bytes and time orders the layers; from
-   the worst bargain on they go to dynamic or to float, as few as the budget needs, found by bisection;
-4. the dynamic form of dense and recurrent layers, as a candidate of its own;
-5. of those inside, the one whose size times time is least.
+3. all weights INT8 in the file and computed with in float: how layers rest that cannot be computed in INT8;
+4. inside the budget: fewer scales where that costs next to nothing;
+   outside: every layer is made INT8 alone, and what its noise buys in bytes and time orders the layers
+   (``bargains``); the best bargains become dynamic, stored or float, as few as the budget needs, found by
+   bisection;
+5. the dynamic form of dense and recurrent layers, as a candidate of its own;
+6. of those inside, the one whose size times time, and a little its memory, is least.
+
+"Inside" is what the rows say of others (``confidence``), not what they are themselves.
 """
 
 from __future__ import annotations
@@ -31,10 +35,10 @@ import onnx
 from quantize import cost, runtime
 from quantize.alone import open_alone
 from quantize.bargains import Form, Step, enough, modes_after, steps_of
-from quantize.calibrate import RULES, Calibration, Range, calibrate, ranges_by, ranges_each
+from quantize.calibrate import RULES, Range, calibrate, ranges_by, ranges_each
 from quantize.compare import Comparison
 from quantize.config import Budget
-from quantize.cost import Sizes, Target
+from quantize.cost import Target
 from quantize.errors import BadModel
 from quantize.int8 import (
     Candidate,
@@ -47,10 +51,10 @@ from quantize.int8 import (
     weight_scale,
     write_int8,
 )
-from quantize.load import Rows
-from quantize.plan import Layer, Mode, Plan, plan_of
+from quantize.observe import Observed
+from quantize.plan import Layer, Mode
 from quantize.prepare import PreparedModel
-from quantize.recover import WIDEST, channel_axes, equalize, round_weights
+from quantize.recover import WIDEST, equalize, round_weights
 from quantize.weights import array_of, save
 
 DYNAMIC: Final = "dynamic int8 (MatMul, Gemm, LSTM)"
@@ -71,7 +75,6 @@ _PUT_BACK: Final = 3
 _STRICTER: Final = (4.0, 8.0)  # dB: more careful candidates, in case the final judgement is less kind
 _APART: Final = 2.0  # dB between a candidate and the next more careful one
 _MOST_MODELS: Final = 5
-_RANGE_MACS: Final = 400e9  # multiply-accumulates of the pass that finds ranges; more rows are drawn from
 _GRAM_ROWS: Final = 1024
 _WIDEST_FAST: Final = 1152  # inputs of a layer that is rounded by least squares: 128 channels of 3 x 3
 
@@ -97,41 +100,10 @@ class Judging(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
-    """What calibration found: the plan and everything the search needs to know of the tensors."""
-
-    plan: Plan
-    ranges: Calibration  # of the rows that find ranges
-    held_out: Calibration  # of the rows for choosing
-    sizes: Sizes
-    rows: Rows  # that found the ranges
-
-
-@dataclass(frozen=True, slots=True)
 class Found:
     """What to judge finally: the best first, each more careful than the one before, FP32 last."""
 
     models: tuple[Int8Model, ...]
-
-
-def observe(
-    model: PreparedModel, ranges: Rows, selection: Rows, sizes: Sizes, *, fast: bool = False
-) -> Observed:
-    """Find ranges and channels on ``ranges`` and look at the same tensors on ``selection``."""
-    plan = plan_of(model.proto)
-    most = _RANGE_MACS / (40 if fast else 1)
-    ranges, selection = (_drawn(rows, sizes, most) for rows in (ranges, selection))
-    axes = {} if fast else channel_axes(model.proto, plan)
-    found = calibrate(model, plan.watched, ranges, axes=axes)
-    held_out = calibrate(model, plan.watched, selection)
-    both = {name for name in found.sketches if name in held_out.sketches}
-    found = replace(found, sketches={name: found.sketches[name] for name in sorted(both)})
-    return Observed(plan.limited_to(found.ranges()), found, held_out, sizes, ranges)
-
-
-def _drawn(rows: Rows, sizes: Sizes, macs: float) -> Rows:
-    most = max(int(macs / max(sizes.macs, 1.0)), 16)
-    return rows if len(rows) <= most else rows.take(np.linspace(0, len(rows) - 1, most).round().astype(int))
 
 
 def search(
@@ -659,6 +631,7 @@ class _Search:
 
     def _facts(self, modes: Mapping[int, Mode]) -> tuple[LayerFacts, ...]:
         facts = []
+        computes = any(mode in (Mode.STATIC, Mode.DYNAMIC) for mode in modes.values())
         for layer in self._plan.layers:
             mode = modes.get(layer.node, Mode.FLOAT)
             power = self._alone.get((layer.node, layer.modes[0]))
@@ -666,6 +639,8 @@ class _Search:
             why = None
             if mode is not layer.modes[0] and modes:
                 why = "does not load in INT8" if power == math.inf else "costs more accuracy than it saves"
+                if mode is Mode.STORED and not computes:
+                    why = "INT8 in the file: computing in INT8 is worth less than it costs"
             facts.append(
                 LayerFacts(
                     name=layer.name,

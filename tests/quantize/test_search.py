@@ -19,9 +19,10 @@ from quantize.config import Budget, Impute, Metric, PrepareConfig, Scale, Thresh
 from quantize.cost import GENERIC, TARGETS, arm_graph, cost_of, sizes_of
 from quantize.int8 import scale_of, static_recipe, write_int8
 from quantize.load import load_data, load_model
+from quantize.observe import observe
 from quantize.plan import Mode, plan_of
 from quantize.prepare import prepare
-from quantize.search import Found, observe, search
+from quantize.search import Found, search
 from quantize.validate import Judge, Parts, settle, split
 from tests.quantize import models
 from tests.quantize.models import quantize
