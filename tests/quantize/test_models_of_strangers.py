@@ -22,9 +22,10 @@ from quantize.calibrate import calibrate
 from quantize.cli import main
 from quantize.config import Impute, PrepareConfig
 from quantize.inspect import facts_of, text_of
-from quantize.int8 import plan_of, static_recipe, write_int8
+from quantize.int8 import static_recipe, write_int8
 from quantize.load import load_model, load_rows
 from quantize.normalise import normalise
+from quantize.plan import plan_of
 from quantize.prepare import prepare
 from quantize.verify import verify_bundle
 from tests.quantize import models

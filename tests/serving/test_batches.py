@@ -21,8 +21,9 @@ from edge_agent.serving.service import Answer, Service
 from edge_agent.serving.tensors import Feeds
 from edge_agent.telemetry.metrics import AgentMetrics
 from quantize.config import PrepareConfig, Scale
-from quantize.int8 import plan_of, static_recipe, write_int8
+from quantize.int8 import static_recipe, write_int8
 from quantize.load import load_data, load_model
+from quantize.plan import plan_of
 from quantize.prepare import prepare
 from tests.quantize import models
 from tests.quantize.models import quantize
