@@ -140,6 +140,9 @@ def _before_after(facts: Mapping[str, Any]) -> str:
     ):
         if found.get(after) is not None:
             rows.append((name, form.format(found[before]), form.format(found[after])))
+        if after == "auc" and found.get("drops_high"):
+            most = max(found["drops_high"]["auc"], 0.0)
+            rows.append(("falls on other rows by at most (95 of 100 times)", "", form.format(most)))
     if found.get("agreement") is not None:
         rows.append(("Same decision as FP32", "", f"{found['agreement']:.1%}"))
     rows.append(("Signal to quantization noise", "", decibels(found["sqnr"])))

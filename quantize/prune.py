@@ -148,7 +148,8 @@ def prune(
         work.try_size(target)
         chosen = work.fitting(target)
         chosen = chosen and work.refined(chosen)
-        if chosen is None or not chosen.comparison.inside(budget):
+        # Who names a size is refused it for what the rows show, not for what they leave open.
+        if chosen is None or not chosen.comparison.inside(budget, surely=False):
             work.search(budget)
             closest = work.smallest(budget)
             raise BadModel(_out_of_reach(target, sizes.bytes(full) if closest is None else closest.bytes))

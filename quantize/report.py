@@ -24,6 +24,7 @@ from edge_agent.contract import wire
 from edge_agent.contract.bundle import Bundle
 from quantize import page, runtime, target, verify
 from quantize.bundle import Vectors
+from quantize.compare import IDENTICAL
 from quantize.config import QuantizeConfig, Target
 from quantize.errors import QuantizeError
 from quantize.fallback import Fallback
@@ -297,7 +298,10 @@ def table(
     ]
     if found.auc is not None and found.auc_reference is not None:
         change = found.auc - found.auc_reference
-        lines.append(("ROC-AUC", f"{found.auc_reference:.4f}", f"{found.auc:.4f}", f"{change:+.4f}"))
+        most = found.drops_high and f", others fall by {max(found.drops_high['auc'], 0):.4f} at most"
+        lines.append(
+            ("ROC-AUC", f"{found.auc_reference:.4f}", f"{found.auc:.4f}", f"{change:+.4f}{most or ''}")
+        )
         lines.append(_shares("bad rows caught", found.caught_reference, found.caught))
         lines.append(_shares("false alarms", found.false_alarms_reference, found.false_alarms))
     if found.mean_score is not None and found.mean_score_reference is not None:
@@ -305,7 +309,8 @@ def table(
     if verdict.threshold is not None and verdict.threshold_reference is not None:
         before, after = f"{verdict.threshold_reference:.5g}", f"{verdict.threshold:.5g}"
         lines.append(("threshold", before, after, str(config.threshold)))
-    low = "" if found.sqnr_low is None else f", others above {page.decibels(found.sqnr_low)}"
+    same = found.sqnr_low is None or found.sqnr >= IDENTICAL
+    low = "" if same else f", others above {found.sqnr_low:.1f} dB"
     lines.append(("SQNR", "", page.decibels(found.sqnr), f"signal to quantization noise{low}"))
     if found.agreement is not None:
         lines.append(("same decision", "", f"{found.agreement:.1%}", f"of {found.rows} rows"))
