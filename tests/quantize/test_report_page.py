@@ -5,6 +5,8 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,28 @@ def test_the_page_asks_the_network_for_nothing(folder):
     policy = next(found["content"] for tag, found in reader.tags if tag == "meta" and "http-equiv" in found)
     assert policy.startswith("default-src 'none'")
     assert not any(name in ("src", "href", "srcset") for _, found in reader.tags for name in found)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+def test_a_browser_that_shows_the_page_asks_nobody_for_anything(folder, tmp_path):
+    """A real one, with its log of the network: nothing is asked for but by the browser itself."""
+    shown = subprocess.run(
+        [
+            "chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
+            f"--log-net-log={tmp_path / 'net.json'}", "--dump-dom",
+            f"file://{folder}/unit-2.0.0.report.html",
+        ],
+        capture_output=True, text=True, timeout=100, check=True,
+    ).stdout  # fmt: skip
+    assert shown.count("<svg") == 3
+    log = json.loads((tmp_path / "net.json").read_text())
+    kind = log["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
+    asked = [event.get("params", {}) for event in log["events"] if event["type"] == kind]
+    # What a browser asks its maker for comes from no page.
+    assert [
+        found["url"] for found in asked if "url" in found and found.get("initiator") != "not an origin"
+    ] == []
 
 
 def test_every_plot_is_there_and_described_in_words(folder):
