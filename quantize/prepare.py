@@ -287,8 +287,13 @@ def _score(proto: onnx.ModelProto, entry: Input | None, finder: _Finder, score: 
     reconstruction = None
     if entry is not None and entry.tabular:
         wanted = (finder.rows, entry.shape[1])
+        given = finder.filled[entry.name][: finder.rows]
         alike = [
-            name for name, values in outputs.items() if values.shape == wanted and values.dtype.kind == "f"
+            name
+            for name, values in outputs.items()
+            if values.shape == wanted
+            and values.dtype.kind == "f"
+            and not np.array_equal(values, given)  # the input itself, handed through
         ]
         asked = score in _RECONSTRUCTION
         reconstruction = alike[0] if len(alike) == 1 and (wanted[1] > 1 or asked) else None

@@ -17,6 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_agent.contract import bundle
+from edge_agent.contract.manifest import Task
 from quantize import compare, runtime
 from quantize.calibrate import calibrate
 from quantize.cli import main
@@ -246,6 +247,17 @@ def test_an_output_of_steps_before_the_batch_is_turned_round(tmp_path):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     assert dict(load_model(saved(tmp_path / "m.onnx", model)).batch_axis) == {"y": 1}
+
+
+def test_an_input_that_is_handed_through_is_no_reconstruction(tmp_path):
+    model = dense_graph()
+    model.graph.output.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", WIDTH]))
+    path = saved(tmp_path / "m.onnx", model)
+    assert quantize(path, table(tmp_path / "rows.npz"), tmp_path / "out") == 0
+    manifest = bundle.open_bundle(tmp_path / "out" / "unit-1.2.3").manifest
+    assert manifest.task is Task.RAW
+    assert manifest.decision is None
+    assert [output.name for output in manifest.outputs] == ["y", "x"]
 
 
 def test_one_number_for_all_rows_is_dropped_beside_other_outputs(tmp_path):
