@@ -9,6 +9,7 @@ from typing import Final
 import onnx
 
 _WORTH_SHARING: Final = 256  # bytes
+_LONGEST_NAME: Final = 64  # letters
 
 # What is missing in their input is missing in their output.
 _KEEPS_MISSING: Final = ("Identity", "Cast", "Scaler", "Add", "Sub", "Mul", "Div")
@@ -166,6 +167,36 @@ def drop_remarks(graph: onnx.GraphProto) -> None:
             attribute.ClearField("doc_string")
         for subgraph in subgraphs(node):
             drop_remarks(subgraph)
+
+
+def shorten_names(graph: onnx.GraphProto) -> None:
+    """Names of hundreds of letters inside the graph keep their ends: every Q and DQ repeats them."""
+    doors = {value.name for value in (*graph.input, *graph.output)}
+    taken = doors | names_read(graph) | {name for node in graph.node for name in (node.name, *node.output)}
+    inside = [tensor.name for tensor in graph.initializer]
+    inside += [name for node in graph.node for name in node.output]
+    shorter: dict[str, str] = {}
+    for name in inside:
+        if len(name) > _LONGEST_NAME and name not in doors:
+            shorter[name] = _short(name, taken)
+    _rename_all(graph, shorter)
+    for part in (*graph.initializer, *graph.value_info):
+        part.name = shorter.get(part.name, part.name)
+    for node in graph.node:
+        for index, name in enumerate(node.output):
+            if name in shorter:
+                node.output[index] = shorter[name]
+        if len(node.name) > _LONGEST_NAME:
+            node.name = _short(node.name, taken)
+
+
+def _short(name: str, taken: set[str]) -> str:
+    end = name[-_LONGEST_NAME // 2 :]
+    short = next(
+        each for each in (end, *(f"{end}_{count}" for count in range(2, len(taken) + 3))) if each not in taken
+    )
+    taken.add(short)
+    return short
 
 
 def sort_nodes(graph: onnx.GraphProto) -> None:

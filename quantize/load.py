@@ -23,7 +23,7 @@ from edge_agent.contract.digest import Digest
 from quantize import runtime
 from quantize.data import Input, Rows, both_classes, good_rows, load_data, load_rows
 from quantize.errors import BadModel
-from quantize.graph import all_nodes, drop_remarks, opset_of, rename_reads, sort_nodes, unique
+from quantize.graph import all_nodes, drop_remarks, opset_of, rename_reads, shorten_names, sort_nodes, unique
 from quantize.rewrite import OPSET
 from quantize.weights import WeightFile
 
@@ -275,10 +275,12 @@ def _no_empty_dimensions(graph: onnx.GraphProto) -> None:
 def _complete(proto: onnx.ModelProto, session: runtime.Session) -> None:
     """Add what onnxruntime does without (the order of the nodes, an operator set, shapes of outputs).
 
-    What it ignores goes: remarks of the exporter. Those of the model as a whole stay, programs read them.
+    What it ignores goes: remarks of the exporter, names longer than anybody reads. Remarks on the model as a
+    whole stay, programs read them.
     """
     sort_nodes(proto.graph)
     drop_remarks(proto.graph)
+    shorten_names(proto.graph)
     if not opset_of(proto):  # a model of other domains' operators only
         proto.opset_import.append(helper.make_opsetid("", OPSET))
     known = {output.name: output.shape for output in session.get_outputs()}

@@ -215,6 +215,25 @@ def test_a_matrix_that_many_layers_read_is_in_the_file_once(tmp_path):
     assert matrices == [[64, 64], [64, 64]]
 
 
+def test_names_of_hundreds_of_letters_are_cut_inside_the_graph_only(tmp_path):
+    long = ";".join(["model_1/batch_normalization_3/FusedBatchNormV3"] * 8)
+    model = dense_graph()
+    renamed = {name: f"{long}/{name}" for name in ("h", "r", "W0", "W1", "y")}
+    for node in model.graph.node:
+        node.name = f"{long}/node/{node.output[0]}"
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    for part in (*model.graph.initializer, *model.graph.output):
+        part.name = renamed.get(part.name, part.name)
+    path = saved(tmp_path / "m.onnx", model)
+    loaded = load_model(path).proto
+    assert loaded.graph.output[0].name == f"{long}/y"
+    inside = {name for node in loaded.graph.node for name in (node.name, *node.input, *node.output)}
+    assert max(map(len, inside - {f"{long}/y"})) <= 64
+    assert len(inside) == 11
+    assert quantize(path, table(tmp_path / "rows.npz"), tmp_path / "out") == 0
+
+
 @pytest.mark.parametrize(
     ("dims", "axis"),
     [([WIDTH, "N"], 1), (["steps", "batch_size", 4], 1), ([1, "points", 3], 0), (["N", "batches_no", 2], 1)],
