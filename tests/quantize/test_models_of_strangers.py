@@ -429,7 +429,7 @@ def test_parts_of_less_than_the_batch_that_a_model_insists_on_are_too_few(tmp_pa
     inputs = [("x", TensorProto.FLOAT, [32, WIDTH])]
     path = models.save(tmp_path / "m.onnx", nodes, weights, inputs, [("y", [32, 8, 4])])
     assert quantize(path, table(tmp_path / "rows.npz"), tmp_path / "out") == 1
-    assert "the model takes 32 at a time: give 3 times as many rows" in refusal(capsys, tmp_path / "out")
+    assert "the model takes 32 at a time: give 2 times as many rows" in refusal(capsys, tmp_path / "out")
 
 
 def test_a_vector_for_every_row_is_no_obstacle(tmp_path):
