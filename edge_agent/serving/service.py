@@ -253,8 +253,11 @@ class Service:
             if version is None and slot.split.takes(source or key, feeds):
                 chosen = slot.split.release
             release = slot.release  # its rules answer, also where the candidate's version is wanted
-        insists = chosen is not release and version is not None  # on the candidate
-        if slot.failures >= self._serving.breaker_failures and reason == "ok" and not insists:
+        if (
+            slot.failures >= self._serving.breaker_failures
+            and reason == "ok"
+            and (chosen is release or version is None)  # else it insists on the candidate
+        ):
             # Half open: this one tries, and the others wait for what becomes of it.
             slot.open_until = now + self._serving.breaker_seconds
             chosen = release

@@ -375,6 +375,8 @@ class Updater:
                 if verdict is Verdict.UNHEALTHY:
                     result = Result.ABORTED if reason == "superseded" else Result.REJECTED
                     self._known.outcome = await self._beside.leave(model, result, reason, message)
+                    if result is Result.ABORTED:  # nothing is known against it: it begins again
+                        self._known.checked = False
                 elif verdict is Verdict.HEALTHY and await self._look_at_holds() is None:
                     logger.info("model %s: in the shadow, %s", model, message)
                     self._known.outcome = await self._promote(model)

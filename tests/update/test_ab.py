@@ -182,6 +182,24 @@ def test_another_release_or_a_document_without_ab_ends_the_split(tmp_path: Path)
     asyncio.run(scenario())
 
 
+def test_where_the_release_beside_it_is_loaded_again_the_split_begins_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with plant(tmp_path) as here:
+            here.assign(here.publisher.publish("2.0.0"), Split(share=0.5, requests=1_000_000))
+            while await here.ask() != "2.0.0":
+                pass
+            current = here.agent.store.current("demo")
+            assert current is not None
+            await here.agent.service.load("demo", current)  # an operator did
+            assert here.agent.service.split_report("demo") is None
+            async with asyncio.timeout(PATIENCE):
+                while here.agent.service.split_report("demo") is None:
+                    await here.ask()
+            assert not here.agent.store.record("demo").rejected
+
+    asyncio.run(scenario())
+
+
 def test_agents_that_do_not_know_ab_read_the_document_as_before() -> None:
     class OldCandidate(msgspec.Struct, frozen=True):
         release: str
