@@ -307,6 +307,8 @@ class Updater:
             repair = self._store.pointer(model) == release.digest
             prepared = await self._proven(model, bundle, hands)
             if not repair and (hold := await self._look_at_holds()) is not None:
+                if self._serving:
+                    self._serving.forget(prepared)
                 raise _Held(f"{release.version} waits: {hold}", hold.kind)
             if share.beside and self._serving and not repair:
                 await self._beside.begin(model, bundle, prepared, share.ab)

@@ -167,6 +167,7 @@ def test_a_hold_that_comes_while_an_update_is_under_way_stops_it_before_it_goes_
         device.serving.prepare = slow  # type: ignore[method-assign]
         outcome = await device.updater.run_once()
         assert (outcome.state, outcome.reason, device.version()) == (State.HELD, "file", "1.0.0")
+        assert device.serving.forgotten == ["2.0.0"]
         device.serving.prepare = plain  # type: ignore[method-assign]
         await device.updater.release_hold()
         await device.follow()
