@@ -59,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # of stdout: whoever read it has seen enough
         raise
+    except OSError as error:
+        where = error.filename or "temporary files (TMPDIR says where)"
+        sys.stderr.write(f"quantize-model: {where}: {error.strerror or error}\n")
+        return 1
     except Exception as error:
         # A model or data that nobody thought of: our fault, but the command keeps its promises.
         if os.environ.get("EDGE_TRACEBACK"):

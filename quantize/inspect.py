@@ -6,6 +6,7 @@ depends on data (ranges, accuracy, the score) is not guessed.
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ def facts_of(path: Path, settings: Mapping[str, float], *, trust: bool = False) 
     Raises:
         BadModel: it cannot be read. A model that is read and then refused is described, with the reason.
     """
+    with tempfile.TemporaryDirectory(prefix="quantize-") as folder:  # for large weights
+        return _facts(path, settings, Path(folder), trust=trust)
+
+
+def _facts(path: Path, settings: Mapping[str, float], folder: Path, *, trust: bool) -> dict[str, Any]:
     proto, digest, size = read_model(path, trust=trust)
     facts: dict[str, Any] = {
         "file": path.name,
@@ -59,8 +65,9 @@ def facts_of(path: Path, settings: Mapping[str, float], *, trust: bool = False) 
         "passes": [],
         "int8": None,
     }
+    del proto  # a large one is in memory once
     try:
-        model = load_model(path, settings, trust=trust)
+        model = load_model(path, settings, trust=trust, folder=folder)
     except QuantizeError as error:
         return facts | {"refused": str(error)}
     facts["notes"] = list(model.notes)

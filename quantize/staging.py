@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from edge_agent.contract.manifest import FILE_NAME as MANIFEST
 from quantize.errors import OutputError
 
 SUFFIX: Final = ".staging"
@@ -37,6 +38,8 @@ def staging(out: Path, label: str) -> Iterator[Path]:
     stage = out / f".{label}.{secrets.token_hex(8)}{SUFFIX}"
     lock = None
     try:
+        if (out / MANIFEST).exists():
+            raise OutputError(f"output folder {out} is a bundle: choose the folder that it is in with --out")
         try:
             out.mkdir(parents=True, exist_ok=True)
             sweep(out)

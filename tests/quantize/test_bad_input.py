@@ -194,6 +194,15 @@ def test_an_output_folder_that_is_a_file(autoencoder, calibration, tmp_path, cap
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_an_output_folder_that_is_a_bundle(autoencoder, calibration, tmp_path, capsys):
+    assert quantize(autoencoder, calibration, tmp_path / "out", "--quiet", "--fast") == 0
+    bundle = tmp_path / "out" / "unit-1.2.3"
+    before = sorted(bundle.iterdir())
+    assert quantize(autoencoder, calibration, bundle, "--quiet", "--fast") == 1
+    assert "is a bundle" in capsys.readouterr().err
+    assert sorted(bundle.iterdir()) == before
+
+
 def test_an_output_folder_made_for_a_failed_run_is_gone_again(calibration, tmp_path):
     model = models.scorer(tmp_path / "scorer.onnx")
     assert quantize(model, calibration, tmp_path / "a" / "b", "--score", "mse", "--quiet") == 1
