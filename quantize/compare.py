@@ -21,6 +21,7 @@ IDENTICAL: Final = 200.0  # dB: what a difference of nothing is called, so that 
 
 LEAST: Final = 10.0  # dB that agreement alone does not make up for, unless it was asked for
 CEILING: Final = 4.0  # times the threshold: scores beyond are compared as if they were this
+_FEW_TELL: Final = 3.0  # times the differences allowed: what rows must rule out for their figure to count
 _BELOW: Final = 0.1  # share of rows that must be below for that
 
 
@@ -154,6 +155,9 @@ class Comparison:
             return True
         # Where nearly every row is passed, a model that answers nothing agrees too.
         agrees = (self.agreement_low or 0.0) >= budget.min_agreement
+        if not surely:  # of enough decisions to tell three times as many differences
+            several = 1 - _FEW_TELL * (1 - budget.min_agreement)
+            agrees = agreement >= budget.min_agreement - 1e-9 and (self.agreement_low or 0.0) >= several
         return budget.metric is not Metric.SQNR and agrees and self.sqnr >= LEAST
 
     @property

@@ -37,6 +37,14 @@ def test_scores_far_above_the_threshold_do_not_hide_the_others():
     assert not broken.inside(Budget())
 
 
+def test_where_nothing_is_sure_figures_count_of_rows_that_can_tell_something():
+    few = Comparison(rows=20, sqnr=20, sqnr_low=15, agreement=0.996, agreement_low=0.985)
+    fewer = Comparison(rows=20, sqnr=20, sqnr_low=15, agreement=1.0, agreement_low=0.9)
+    assert not few.inside(Budget())
+    assert few.inside(Budget(), surely=False)
+    assert not fewer.inside(Budget(), surely=False)
+
+
 @pytest.mark.parametrize(
     ("comparison", "inside"),
     [
