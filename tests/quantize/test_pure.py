@@ -57,7 +57,8 @@ def test_where_nothing_is_sure_figures_count_of_rows_that_can_tell_something():
         (Comparison(rows=9, sqnr=10, agreement=0.9), False),
         (Comparison(rows=9, sqnr=10, agreement=None), False),
         (Comparison(rows=9, sqnr=40, agreement=1, auc_reference=0.95, auc=0.92), False),
-        (Comparison(rows=9, sqnr=5, agreement=0.9, auc_reference=0.95, auc=0.945), True),
+        (Comparison(rows=9, sqnr=12, agreement=0.9, auc_reference=0.95, auc=0.945), True),
+        (Comparison(rows=9, sqnr=5, agreement=0.9, auc_reference=0.95, auc=0.945), False),  # hardly related
     ],
 )
 def test_labels_decide_before_noise_and_agreement(comparison, inside):
