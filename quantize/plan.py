@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from edge_agent.contract.bundle import FOLDED_AT_MOST
 from quantize.calibrate import Range
 from quantize.weights import array_of
 
@@ -231,7 +232,8 @@ def _layer_of(position: int, node: onnx.NodeProto, wiring: Wiring) -> Layer | No
         axis, result = found, wiring.result(node)
         parameters = int(np.prod(weights[node.input[1]].dims))
         modes = (Mode.STATIC,) if node.op_type == "Conv" else (Mode.STATIC, Mode.DYNAMIC)
-    if parameters >= _SMALLEST_STORED:
+    # A device would compute larger ones anew for every row.
+    if _SMALLEST_STORED <= parameters <= FOLDED_AT_MOST // 4:
         modes = (*modes, Mode.STORED)
     if not modes:
         return None

@@ -76,6 +76,8 @@ _STRICTER: Final = (4.0, 8.0)  # dB: more careful candidates, in case the final 
 _APART: Final = 2.0  # dB between a candidate and the next more careful one
 _MOST_MODELS: Final = 5
 _GRAM_ROWS: Final = 1024
+_FEWEST_GRAM_ROWS: Final = 8
+_FAST_GRAM_MACS: Final = 4e9  # multiply-accumulates of the rows that rounding looks at
 _WIDEST_FAST: Final = 1152  # inputs of a layer that is rounded by least squares: 128 channels of 3 x 3
 
 
@@ -295,10 +297,11 @@ class _Search:
         return best
 
     def _round(self, graph: onnx.ModelProto, recipe: Recipe) -> None:
-        rows = self._observed.rows
-        rows = rows.take(
-            np.arange(len(rows))[:: max(len(rows) // (_GRAM_ROWS // (16 if self._fast else 1)), 1)]
-        )
+        rows, most = self._observed.rows, _GRAM_ROWS
+        if self._fast:
+            macs = max(self._observed.sizes.macs, 1.0)
+            most = int(np.clip(_FAST_GRAM_MACS / macs, _FEWEST_GRAM_ROWS, _GRAM_ROWS // 16))
+        rows = rows.take(np.arange(len(rows))[:: max(-(-len(rows) // most), 1)])
         widest = _WIDEST_FAST if self._fast else WIDEST
         self._rounded = round_weights(self._model, graph, self._plan, recipe, rows, widest)
 

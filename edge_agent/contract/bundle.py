@@ -31,6 +31,9 @@ REPORT: Final = "report.json"
 # In the metadata of model.onnx: its rows run one at a time, or each would change the answers of the others.
 ROWS_KEY: Final = "edge_inference.rows"
 ROWS_APART: Final = "apart"
+# Bytes of a tensor that may be computed when the model is loaded: a hostile model must not fill the memory. A
+# larger constant is computed in every run.
+FOLDED_AT_MOST: Final = 64 << 20
 
 MAX_BYTES: Final = 1 << 30  # bytes unpacked: well above any model that fits a 4 GB device
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from edge_agent.config import EngineConfig
-from edge_agent.contract.bundle import ROWS_APART, ROWS_KEY
+from edge_agent.contract.bundle import FOLDED_AT_MOST, ROWS_APART, ROWS_KEY
 from edge_agent.errors import EngineError
 from edge_agent.serving.tensors import Feeds, Tensor
 
@@ -176,8 +176,9 @@ def _open(
     options.log_severity_level = 4  # what goes wrong is raised, and reported once, by us
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    # A hostile model must not fill the memory by folding constants at load.
-    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "67108864")
+    options.add_session_config_entry(
+        "optimization.constant_folding_max_output_size_in_bytes", str(FOLDED_AT_MOST)
+    )
     try:
         for key, value in config.options.items():
             options.add_session_config_entry(key, value)

@@ -137,3 +137,19 @@ def test_as_many_steps_as_bring_the_sum_of_noises_below_what_is_allowed():
     steps = bargains.steps_of(forms)
     assert [bargains.enough(steps, 0, wanted) for wanted in (7, 6, 3, 1, 0)] == [0, 1, 1, 2, 3]
     assert bargains.enough(steps, 0.5, 1) == 3
+
+
+@pytest.mark.parametrize(("rows", "stored"), [(4096, True), (4097, False)])
+def test_weights_that_a_device_does_not_fold_when_it_loads_the_file_are_not_stored(rows, stored):
+    weight = TensorProto(
+        name="W", data_type=TensorProto.FLOAT, dims=[rows, 4096]
+    )  # 64 MiB; its data are not asked
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "W"], ["y"])],
+        "large",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", rows])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4096])],
+        [weight],
+    )
+    (layer,) = plan_of(helper.make_model(graph)).layers
+    assert (Mode.STORED in layer.modes) is stored
