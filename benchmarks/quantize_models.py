@@ -44,7 +44,6 @@ from pathlib import Path
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
-import onnx
 
 from benchmarks import autoencoders, machine, text
 from quantize import compare, cost, runtime
@@ -378,9 +377,12 @@ def scored(found: Arrays, rows: np.ndarray) -> Arrays:
     return {"score": ((found["y"] - rows) ** 2).mean(axis=1)}
 
 
-def predicted(path: Path, sizes: cost.Sizes, scratch: Path) -> float:
-    """Seconds of one row on ``TARGET`` by the cost model."""
-    return cost.cost_of(cost.arm_graph(path, scratch), sizes, TARGET).seconds
+def predicted(path: Path, feeds: Arrays, scratch: Path) -> float:
+    """Seconds of one row on ``TARGET`` by the cost model; tensors are as large as they are in its own graph."""
+    names = {entry.name for entry in runtime.open_session(path).get_inputs()}
+    graph = cost.arm_graph(path, scratch)
+    sizes = cost.sizes_of_feeds(graph, {name: values for name, values in feeds.items() if name in names})
+    return cost.cost_of(graph, sizes, TARGET).seconds
 
 
 def measure(
@@ -395,12 +397,11 @@ def measure(
     np.savez(data, **calibration)
     first = batches(validation, 1, states)[0]
     raw = next(iter(validation.values()))
-    sizes = sizes_of(path, first)
 
     expected = outputs(path, validation, states=states)
     if model.score:
         expected = scored(expected, raw)
-    seconds_fp32 = predicted(path, sizes, work / "arm.onnx")
+    seconds_fp32 = predicted(path, first, work / "arm.onnx")
 
     def finish(result: Result, file: Path, timed: Path | None = None, *, own: bool = False) -> Result:
         result.size = file.stat().st_size
@@ -408,7 +409,8 @@ def measure(
             got = outputs(file, validation, states=() if own else states)
             result.loads = True
             judge(result, expected, scored(got, raw) if model.score else got, labels)
-            result.predicted = predicted(file, sizes, work / "arm.onnx") / seconds_fp32
+            row = batches(validation, 1, () if own else states)[0]
+            result.predicted = predicted(file, row, work / "arm.onnx") / seconds_fp32
             if result.ratio is None:
                 pair = runtime.open_session(path), runtime.open_session(timed or file)
                 fp32, other = in_turns(pair, first)
@@ -483,11 +485,6 @@ def beats(one: Result, other: Result) -> bool:
     assert one.predicted is not None
     assert other.predicted is not None
     return one.sqnr >= other.sqnr - SAME and (one.size <= other.size or one.predicted <= other.predicted)
-
-
-def sizes_of(path: Path, feeds: Arrays) -> cost.Sizes:
-    """How large the tensors of the file are with one row."""
-    return cost.sizes_of_feeds(onnx.load(path), feeds)
 
 
 def _halved(model: Model, validation: Arrays, labels: np.ndarray) -> Mapping[str, np.ndarray]:
