@@ -142,12 +142,12 @@ def _before_after(facts: Mapping[str, Any]) -> str:
             rows.append((name, form.format(found[before]), form.format(found[after])))
         if after == "auc" and found.get("drops_high"):
             most = max(found["drops_high"]["auc"], 0.0)
-            rows.append(("falls on other rows by at most (95 of 100 times)", "", form.format(most)))
+            rows.append(("ROC-AUC falls on other rows by at most (95 of 100 times)", "", form.format(most)))
     if found.get("agreement") is not None:
         rows.append(("Same decision as FP32", "", f"{found['agreement']:.1%}"))
     rows.append(("Signal to quantization noise", "", decibels(found["sqnr"])))
     if found.get("sqnr_low") is not None:
-        rows.append(("on other rows above (95 of 100 times)", "", decibels(found["sqnr_low"])))
+        rows.append(("Signal to noise on other rows above (95 of 100 times)", "", decibels(found["sqnr_low"])))
     note = ""
     if latency and latency["timed"] != "the bundle's model":
         note = f'<p class="soft">Latency of INT8 is that of {escape(latency["timed"])}.</p>'
