@@ -89,7 +89,7 @@ def test_a_wrong_model_is_noticed_there(network, example, lane, tmp_path, monkey
     from quantize.verify import _golden, _write
 
     vectors = golden.parse((network / golden.FILE_NAME).read_bytes())
-    _write(tmp_path / "vectors.npz", vectors)
+    _write(tmp_path / "vectors.npz", vectors, rows=1)
     other = models.convolution(tmp_path / "fp32.onnx")
     monkeypatch.setenv("QEMU_CPU", "max")
     assert _golden([str(lane), "-P"], other, tmp_path / "vectors.npz", "emulated").passed is False
