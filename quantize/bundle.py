@@ -174,7 +174,8 @@ def _pure(int8: Int8Model, inputs: Mapping[str, np.ndarray], fixed_batch: int | 
 def _golden_inputs(model: PreparedModel, calibration: Rows, impute: Impute) -> dict[str, np.ndarray]:
     row = sum(np.asarray(values[0]).nbytes for values in calibration.inputs.values())
     most = int(np.clip(_GOLDEN_BYTES // max(row, 1), _FEWEST_ROWS, GOLDEN_ROWS))
-    count = model.fixed_batch or min(most, len(calibration))
+    count, whole = min(most, len(calibration)), model.fixed_batch or 1
+    count = max(count // whole, 1) * whole
     index = np.linspace(0, len(calibration) - 1, count).round().astype(int)
     chosen = {name: values[index] for name, values in calibration.inputs.items()}
     inputs = {name: values.copy() for name, values in next(runtime.batches(chosen, count)).items()}

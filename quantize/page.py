@@ -147,7 +147,9 @@ def _before_after(facts: Mapping[str, Any]) -> str:
         rows.append(("Same decision as FP32", "", f"{found['agreement']:.1%}"))
     rows.append(("Signal to quantization noise", "", decibels(found["sqnr"])))
     if found.get("sqnr_low") is not None:
-        rows.append(("Signal to noise on other rows above (95 of 100 times)", "", decibels(found["sqnr_low"])))
+        rows.append(
+            ("Signal to noise on other rows above (95 of 100 times)", "", decibels(found["sqnr_low"]))
+        )
     note = ""
     if latency and latency["timed"] != "the bundle's model":
         note = f'<p class="soft">Latency of INT8 is that of {escape(latency["timed"])}.</p>'

@@ -96,6 +96,9 @@ def test_a_batch_that_the_graph_insists_on_is_kept_and_said(calibration, tmp_pat
     made = bundle.open_bundle(tmp_path / "out" / "unit-1.2.3")
     assert made.manifest.inputs[0].shape == (2, models.WIDTH)
     assert "batches of 2" in " ".join(report(tmp_path / "out")["prepare"]["notes"])
+    tested = run_self_test(made, EngineConfig())
+    assert tested.passed, tested.message
+    assert tested.vectors == 16  # eight runs, not one
 
 
 def test_a_recurrent_model_falls_back_to_dynamic_or_float_and_says_why(tmp_path):
